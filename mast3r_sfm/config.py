@@ -1,0 +1,268 @@
+"""Every setting of the chain, typed, with units in the names.
+
+One frozen dataclass per stage. What cannot change the result (device, threads, output folder) is in `RunOptions`, never
+in `Config`, so that it never enters a cache key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mast3r_sfm.errors import ConfigError
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Which photos, and which of them share a camera."""
+
+    cameras: Literal["auto", "single", "folder", "image"] = "auto"
+    """Who shares intrinsics: photos of the same size and EXIF camera; all of one size; of one folder; nobody."""
+    max_pixels: int = 512_000_000
+    """A photo with more pixels than this is left out: decoding it would exhaust the memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_pixels > 0, "prepare.max_pixels", self.max_pixels, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """What the network sees."""
+
+    model: str = "auto"
+    """auto, xfeat, or another registered model."""
+    max_size_px: int = 1024
+    """Photos are shrunk (never enlarged) until their long side is at most this."""
+    keypoints: int = 4096
+    """Keypoints kept per image, the strongest first (models with keypoints)."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_size_px >= 64, "encode.max_size_px", self.max_size_px, "must be at least 64")
+        _require(self.keypoints >= 64, "encode.keypoints", self.keypoints, "must be at least 64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Retrieval and the view graph."""
+
+    keyframes: int = 20
+    """Images picked by farthest-point sampling, all of whose pairs are matched."""
+    neighbours: int = 10
+    """Most similar images that every image is matched with, itself not counted."""
+    codebook_words: int = 0
+    """Words of the retrieval codebook; 0 = chosen from the size of the collection."""
+    tokens_per_image: int = 0
+    """Tokens of highest attention that describe an image to the retrieval; 0 = what suits the model."""
+
+    def __post_init__(self) -> None:
+        _require(self.keyframes >= 1, "pairs.keyframes", self.keyframes, "must be at least 1")
+        _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")
+        _require(self.codebook_words >= 0, "pairs.codebook_words", self.codebook_words, "must be 0 (auto) or more")
+        _require(self.tokens_per_image >= 0, "pairs.tokens_per_image", self.tokens_per_image, "must be 0 (auto) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """Matching and the two-view check."""
+
+    min_similarity: float = 0.8
+    """Cosine below which two descriptors are not a match."""
+    max_epipolar_error_px: float = 2.0
+    """Sampson distance, at the resolution of matching, of an inlier of the two-view check."""
+    min_inliers: int = 30
+    """Inliers below which two photos are not taken to show the same place."""
+    min_inlier_ratio: float = 0.25
+    """Share of inliers below which a pair with few inliers is not trusted."""
+
+    def __post_init__(self) -> None:
+        _require(-1 <= self.min_similarity <= 1, "match.min_similarity", self.min_similarity, "must be in [-1, 1]")
+        _require(
+            self.max_epipolar_error_px > 0, "match.max_epipolar_error_px", self.max_epipolar_error_px, "must be > 0"
+        )
+        _require(self.min_inliers >= 8, "match.min_inliers", self.min_inliers, "must be at least 8")
+        _require(
+            0 <= self.min_inlier_ratio <= 1, "match.min_inlier_ratio", self.min_inlier_ratio, "must be in [0, 1]"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """Alignment of the pairs' points into one frame per component."""
+
+    min_images: int = 2
+    """A connected part with fewer images gets no model."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_images >= 2, "align.min_images", self.min_images, "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapConfig:
+    """Triangulation and bundle adjustment."""
+
+    camera_model: Literal["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"] = "SIMPLE_RADIAL"
+    """COLMAP's camera model of the result."""
+    max_reprojection_error_px: float = 4.0
+    """Observations farther than this from their point's projection are dropped, at the resolution of matching."""
+    min_angle_deg: float = 1.5
+    """Points whose rays meet at less than this angle are dropped."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_reprojection_error_px > 0,
+            "map.max_reprojection_error_px",
+            self.max_reprojection_error_px,
+            "must be > 0",
+        )
+        _require(0 < self.min_angle_deg < 90, "map.min_angle_deg", self.min_angle_deg, "must be in (0, 90)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings that can change a result."""
+
+    seed: int = 0
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    map: MapConfig = field(default_factory=MapConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2^31)")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> Config:
+        """Build from nested tables, as TOML gives them. Unknown names and wrong types raise ConfigError."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Config:
+        """Read a TOML file with the tables [prepare] [encode] … and the key `seed`."""
+        return cls.from_mapping(read_toml(path))
+
+    def with_overrides(self, assignments: Iterable[str]) -> Config:
+        """Apply `stage.key=value` texts, as `--set` gives them; values are parsed by the type of their setting.
+
+        Raises:
+            ConfigError: the text is no assignment, the name is unknown, or the value does not fit.
+        """
+        values = self.to_dict()
+        for text in assignments:
+            name, separator, value = text.partition("=")
+            path = name.strip().split(".")
+            if not separator:
+                raise ConfigError(f"--set {text}: write it as stage.key=value, for example pairs.neighbours=5")
+            table: Any = values
+            for part in path[:-1]:
+                table = table.setdefault(part, {})
+                if not isinstance(table, dict):
+                    raise ConfigError(f"--set {text}: {part} is a value, not a stage")
+            table[path[-1]] = _Text(value.strip())
+        return Config.from_mapping(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries of the settings."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The settings as a TOML file that `from_toml` reads back to an equal Config."""
+        lines = [f"seed = {self.seed}"]
+        for name, value in self.to_dict().items():
+            if isinstance(value, dict):
+                lines += ["", f"[{name}]", *(f"{key} = {json.dumps(entry)}" for key, entry in value.items())]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to run, without influence on the result."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    threads: int = 0
+    """CPU threads; 0 = all that this process may use."""
+    resume: bool = True
+    """Take finished parts of an earlier run from OUT/cache."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "threads", self.threads, "must be 0 (all) or more")
+
+
+def fingerprint(*parts: object) -> str:
+    """sha256 (hex) of settings, hashes and version texts; equal values give equal fingerprints on every machine."""
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        raise TypeError(f"cannot fingerprint {type(value).__name__}")
+
+    text = json.dumps(parts, sort_keys=True, default=plain, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file. Raises ConfigError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+class _Text(str):
+    """A value that came as text and is still to be parsed by the type of its setting."""
+
+
+def _build(cls: type, values: Mapping[str, object], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
+            raise ConfigError(f"there is no setting {prefix}{name}; {hint}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{name} is a stage; set one of its keys, as {prefix}{name}.key=value")
+            arguments[name] = _build(hints[name], value, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            arguments[name] = _parse(value, hints[name], f"{prefix}{name}")
+    return cls(**arguments)
+
+
+def _parse(value: object, kind: Any, name: str) -> object:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return str(value)
+        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(map(str, get_args(kind)))}")
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [option for option in get_args(kind) if option is not type(None)]
+        return None if value is None or value == _Text("none") else _parse(value, inner[0], name)
+    if kind is bool and isinstance(value, _Text) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if kind in (int, float) and isinstance(value, _Text):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} = {str(value)!r}: must be a number of type {kind.__name__}") from error
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return str(value) if kind is str else value
+    raise ConfigError(f"{name} = {value!r}: must be of type {kind.__name__}")

@@ -1,0 +1,48 @@
+"""What a model must offer; matching, alignment and mapping know no model by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mast3r_sfm.types import Encoding, LoadedImage, PairPrediction
+
+
+class PairModel(Protocol):
+    """A model that describes images; see `KeypointModel` and `DenseModel` for how it matches them."""
+
+    name: str
+    """As `--model` takes it."""
+    fingerprint: str
+    """sha256 of weights and code version; enters the cache keys."""
+    retrieval_tokens: int
+    """How many tokens of highest attention describe an image best."""
+
+    def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
+        """Encode images, each by itself; the result does not depend on what else is in the batch."""
+        ...
+
+
+@runtime_checkable
+class KeypointModel(PairModel, Protocol):
+    """A model whose tokens are the descriptors of keypoints."""
+
+    def match_hard(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Match a pair on which nearest neighbours find too little, with all the model has, slowly.
+
+        Returns:
+            [M, 2] indices of tokens of the first and of the second image, each used once; [M] confidence in (0, 1].
+        """
+        ...
+
+
+@runtime_checkable
+class DenseModel(PairModel, Protocol):
+    """A model that predicts pointmaps and dense descriptors for a pair."""
+
+    def predict(self, first: Encoding, second: Encoding) -> PairPrediction:
+        """Decode one order of a pair; the first image is the reference frame."""
+        ...

@@ -1,0 +1,382 @@
+"""What flows between the stages: frozen, keyword-only, validated on construction.
+
+Shape letters: N images, P pairs, M matches, T tokens, H W pixels, C channels, D descriptor. Pixels are COLMAP's: the
+centre of the top-left pixel is (0.5, 0.5). Photo pixels are those of the stored file, before its EXIF orientation is
+applied, because that is how COLMAP reads photos and because one sensor then has one principal point.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mast3r_sfm.errors import ShapeError
+
+Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+def _check(array: NDArray[np.generic], shape: tuple[int | None, ...], name: str) -> None:
+    fits = array.ndim == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ShapeError(f"{name} has shape {array.shape}, expected [{expected}]")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ShapeError(f"{name} holds NaN or infinite values")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """One photo of the collection, as found on disk."""
+
+    name: str
+    """POSIX path relative to the image root."""
+    width_px: int
+    """Width of the stored pixels, before EXIF orientation."""
+    height_px: int
+    sha256: str
+    orientation: int = 1
+    """EXIF orientation 1–8."""
+    exif_focal_px: float | None = None
+    """Focal length in stored pixels, where EXIF tells it."""
+    gps: tuple[float, float, float] | None = None
+    """Latitude, longitude in degrees, altitude in metres."""
+    camera_group: str = ""
+    """Photos with the same text share intrinsics."""
+    mask: str | None = None
+    """POSIX path of the mask relative to the mask root, 0 = ignore."""
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name)
+        if not self.name or path.is_absolute() or ".." in path.parts:
+            raise ShapeError(f"image name {self.name!r} must be a relative POSIX path inside the image root")
+        if self.width_px < 1 or self.height_px < 1:
+            raise ShapeError(f"{self.name}: size {self.width_px}×{self.height_px} px must be positive")
+        if not 1 <= self.orientation <= 8:
+            raise ShapeError(f"{self.name}: EXIF orientation {self.orientation} must be 1–8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A photo that is not in the result, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """The photos of one run, sorted by name; image i of every later type is `records[i]`."""
+
+    root: Path
+    records: tuple[ImageRecord, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [record.name for record in self.records]
+        if names != sorted(set(names)):
+            raise ShapeError("records must be sorted by name, without duplicates")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in index order."""
+        return tuple(record.name for record in self.records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelTransform:
+    """Affine map from the pixels a network sees to the photo's own: xy_photo = matrix · (x, y, 1).
+
+    Both sides count pixels as COLMAP does, centre of the first at (0.5, 0.5), so a pure resize is a pure scale.
+    """
+
+    matrix: Float64
+    """[2, 3] photo_from_network."""
+
+    def __post_init__(self) -> None:
+        _check(self.matrix, (2, 3), "PixelTransform.matrix")
+        if abs(np.linalg.det(self.matrix[:, :2])) < 1e-12:
+            raise ShapeError("PixelTransform.matrix is not invertible")
+
+    def to_photo(self, xy: Float64) -> Float64:
+        """Network pixels [M, 2] to photo pixels [M, 2]."""
+        return xy @ self.matrix[:, :2].T + self.matrix[:, 2]
+
+    def to_network(self, xy: Float64) -> Float64:
+        """Photo pixels [M, 2] to network pixels [M, 2]."""
+        return np.linalg.solve(self.matrix[:, :2], (xy - self.matrix[:, 2]).T).T
+
+    @property
+    def scale(self) -> float:
+        """Photo pixels per network pixel (geometric mean of both axes)."""
+        return float(np.sqrt(abs(np.linalg.det(self.matrix[:, :2]))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedImage:
+    """Pixels ready for a network, upright, and the way back to the photo."""
+
+    record: ImageRecord
+    pixels: NDArray[np.uint8]
+    """[H, W, 3] sRGB, EXIF orientation applied, resized."""
+    transform: PixelTransform
+
+    def __post_init__(self) -> None:
+        _check(self.pixels, (None, None, 3), f"{self.record.name}: pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """One image after its single pass through the encoder.
+
+    For a keypoint model, the tokens are the descriptors of its keypoints, strongest first. For a dense model they are
+    the patch tokens in row-major order.
+    """
+
+    tokens: NDArray[np.float16]
+    """[T, C]."""
+    xy: Float32
+    """[T, 2] photo pixels of each token."""
+    attention: Float32
+    """[T] importance of each token for retrieval, or the keypoint's score."""
+    transform: PixelTransform
+    network_size: tuple[int, int]
+    """Width and height in pixels of what the network saw."""
+
+    def __post_init__(self) -> None:
+        count = len(self.tokens)
+        _check(self.tokens, (count, None), "Encoding.tokens")
+        _check(self.xy, (count, 2), "Encoding.xy")
+        _check(self.attention, (count,), "Encoding.attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPrediction:
+    """What a dense model says of a pair; never stored whole. Torch tensors on the model's device."""
+
+    points_in_first: torch.Tensor
+    """[2, H, W, 3] pointmaps of both views in the first camera's frame, up to one scale."""
+    confidence: torch.Tensor
+    """[2, H, W], at least 1."""
+    descriptors: torch.Tensor
+    """[2, H, W, D], unit length."""
+    descriptor_confidence: torch.Tensor
+    """[2, H, W], positive."""
+
+    def __post_init__(self) -> None:
+        views, height, width, three = self.points_in_first.shape
+        grid = (2, height, width)
+        if (views, three) != (2, 3) or any(
+            tuple(value.shape[:3]) != grid
+            for value in (self.confidence, self.descriptors, self.descriptor_confidence)
+        ):
+            raise ShapeError("PairPrediction: all maps must have the shape [2, H, W, …]")
+
+
+class Reason(enum.IntEnum):
+    """Why a pair is in the view graph. The stored number is fixed."""
+
+    KEYFRAME = 0
+    NEAREST = 1
+    NEIGHBOUR = 2
+    BRIDGE = 3
+    USER = 4
+    EXHAUSTIVE = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewGraph:
+    """Which pairs of images are to be matched: i < j, unique, sorted."""
+
+    num_images: int
+    pairs: Int32
+    """[P, 2]."""
+    score: Float32
+    """[P] similarity in [0, 1]."""
+    reason: Int32
+    """[P] values of Reason."""
+
+    def __post_init__(self) -> None:
+        count = len(self.pairs)
+        _check(self.pairs, (count, 2), "ViewGraph.pairs")
+        _check(self.score, (count,), "ViewGraph.score")
+        _check(self.reason, (count,), "ViewGraph.reason")
+        pairs = [tuple(pair) for pair in self.pairs.tolist()]
+        if pairs != sorted(set(pairs)) or any(i >= j for i, j in pairs):
+            raise ShapeError("ViewGraph.pairs must be sorted, unique and have i < j")
+        if count and (self.pairs.min() < 0 or self.pairs.max() >= self.num_images):
+            raise ShapeError(f"ViewGraph.pairs names an image outside 0..{self.num_images - 1}")
+
+
+class Verdict(enum.StrEnum):
+    """What the two-view check says of a pair."""
+
+    GOOD = "good"
+    """One rigid scene with parallax."""
+    PLANAR = "planar"
+    """One plane with parallax: the pose comes from a homography."""
+    PURE_ROTATION = "pure rotation"
+    """The same place seen from one centre: no depth."""
+    WEAK = "weak"
+    """Too small a share of the matches agrees, or the geometry is not trustworthy."""
+    TOO_FEW = "too few matches"
+
+    @property
+    def is_link(self) -> bool:
+        """Both photos show the same place."""
+        return self in (Verdict.GOOD, Verdict.PLANAR, Verdict.PURE_ROTATION)
+
+    @property
+    def has_depth(self) -> bool:
+        """The pair carries a relative pose with a baseline."""
+        return self in (Verdict.GOOD, Verdict.PLANAR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairMatches:
+    """The verified matches of one edge of the view graph."""
+
+    first: int
+    second: int
+    xy_first: Float64
+    """[M, 2] photo pixels."""
+    xy_second: Float64
+    confidence: Float32
+    """[M] larger is better."""
+    points_first: Float64
+    """[M, 3] the matched points in the first camera's frame, up to one scale per pair; [0, 3] without depth."""
+    points_second: Float64
+    """[M, 3] the same points in the second camera's frame, same scale."""
+    verdict: Verdict
+    inlier_ratio: float
+    """Share of the putative matches that the check kept."""
+    second_from_first: Float64 = field(default_factory=lambda: np.eye(3, 4))
+    """[3, 4] relative pose, translation in the scale of the points; identity where the verdict has no pose."""
+
+    def __post_init__(self) -> None:
+        count = len(self.xy_first)
+        if not 0 <= self.first < self.second:
+            raise ShapeError(f"a pair must have 0 <= first < second, not ({self.first}, {self.second})")
+        _check(self.xy_first, (count, 2), "PairMatches.xy_first")
+        _check(self.xy_second, (count, 2), "PairMatches.xy_second")
+        _check(self.confidence, (count,), "PairMatches.confidence")
+        depth = count if self.verdict.has_depth else 0
+        _check(self.points_first, (depth, 3), "PairMatches.points_first")
+        _check(self.points_second, (depth, 3), "PairMatches.points_second")
+        _check(self.second_from_first, (3, 4), "PairMatches.second_from_first")
+
+    def __len__(self) -> int:
+        return len(self.xy_first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """Intrinsics of one camera, in COLMAP's models and parameter order."""
+
+    model: str
+    width_px: int
+    height_px: int
+    params: Float64
+    """[K] COLMAP's order, for example f, cx, cy, k of SIMPLE_RADIAL."""
+    focal_is_known: bool = False
+    """The focal length comes from EXIF or the user, rather than from a guess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rig:
+    """The cameras of a collection and which image was taken with which."""
+
+    cameras: tuple[Camera, ...]
+    camera_of_image: Int32
+    """[N] index into `cameras`."""
+
+    def __post_init__(self) -> None:
+        _check(self.camera_of_image, (None,), "Rig.camera_of_image")
+        if len(self.camera_of_image) and self.camera_of_image.max() >= len(self.cameras):
+            raise ShapeError("Rig.camera_of_image names a camera that does not exist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentResult:
+    """Poses of one connected part of the collection, in a frame of its own."""
+
+    images: Int32
+    """[n] indices of the images placed, ascending."""
+    cam_from_world: Float64
+    """[n, 3, 4]."""
+    residual_deg: Float64
+    """[n] median disagreement of an image's edges with its pose, in degrees."""
+    history: tuple[float, ...]
+    """Value of the global loss after each iteration."""
+    stop_reason: str
+
+    def __post_init__(self) -> None:
+        count = len(self.images)
+        _check(self.images, (count,), "AlignmentResult.images")
+        _check(self.cam_from_world, (count, 3, 4), "AlignmentResult.cam_from_world")
+        _check(self.residual_deg, (count,), "AlignmentResult.residual_deg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """One reconstructed model, as written."""
+
+    path: str
+    """Relative to the output folder, for example sparse/0."""
+    images: tuple[str, ...]
+    """Names of the registered images."""
+    points: int
+    observations: int
+    mean_track_length: float
+    mean_reprojection_error_px: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """What one stage did."""
+
+    stage: str
+    key: str
+    seconds: float
+    counts: dict[str, float]
+    warnings: tuple[str, ...] = ()
+    resumed: int = 0
+    """Chunks that were found finished."""
+    peak_memory_mb: float = 0.0
+    """Peak resident memory of the process by the end of the stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What `run.json` holds."""
+
+    version: str
+    versions: dict[str, str]
+    model: str
+    model_fingerprint: str
+    config: dict[str, object]
+    stages: tuple[StageReport, ...]
+    models: tuple[ModelSummary, ...]
+    num_images: int
+    """Photos found, usable or not."""
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    error: str = ""
+    """Why the run ended without a model; empty otherwise."""
+
+    @property
+    def num_registered(self) -> int:
+        """Distinct photos that stand in any model."""
+        return len({name for model in self.models for name in model.images})
