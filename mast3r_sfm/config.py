@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,8 @@ from mast3r_sfm.errors import ConfigError
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value!r}: must be finite")
     if not ok:
         raise ConfigError(f"{name} = {value!r}: {rule}")
 
@@ -71,7 +74,9 @@ class PairsConfig:
         _require(self.keyframes >= 1, "pairs.keyframes", self.keyframes, "must be at least 1")
         _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")
         _require(self.codebook_words >= 0, "pairs.codebook_words", self.codebook_words, "must be 0 (auto) or more")
-        _require(self.tokens_per_image >= 0, "pairs.tokens_per_image", self.tokens_per_image, "must be 0 (auto) or more")
+        _require(
+            self.tokens_per_image >= 0, "pairs.tokens_per_image", self.tokens_per_image, "must be 0 (auto) or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +87,10 @@ class MatchConfig:
     """Cosine below which two descriptors are not a match."""
     max_epipolar_error_px: float = 2.0
     """Sampson distance, at the resolution of matching, of an inlier of the two-view check."""
-    min_inliers: int = 30
-    """Inliers below which two photos are not taken to show the same place."""
-    min_inlier_ratio: float = 0.25
-    """Share of inliers below which a pair with few inliers is not trusted."""
+    min_inliers: int = 20
+    """Inliers of the two-view check below which two photos are never taken to show the same place."""
+    chance_share: float = 0.12
+    """Inliers that a pair needs beyond `min_inliers`, per putative match: so many agree by chance."""
 
     def __post_init__(self) -> None:
         _require(-1 <= self.min_similarity <= 1, "match.min_similarity", self.min_similarity, "must be in [-1, 1]")
@@ -93,9 +98,7 @@ class MatchConfig:
             self.max_epipolar_error_px > 0, "match.max_epipolar_error_px", self.max_epipolar_error_px, "must be > 0"
         )
         _require(self.min_inliers >= 8, "match.min_inliers", self.min_inliers, "must be at least 8")
-        _require(
-            0 <= self.min_inlier_ratio <= 1, "match.min_inlier_ratio", self.min_inlier_ratio, "must be in [0, 1]"
-        )
+        _require(0 <= self.chance_share <= 1, "match.chance_share", self.chance_share, "must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +107,17 @@ class AlignConfig:
 
     min_images: int = 2
     """A connected part with fewer images gets no model."""
+    max_rotation_error_deg: float = 8.0
+    """A pair whose rotation misses that of the whole by more is dropped."""
 
     def __post_init__(self) -> None:
         _require(self.min_images >= 2, "align.min_images", self.min_images, "must be at least 2")
+        _require(
+            0 < self.max_rotation_error_deg <= 180,
+            "align.max_rotation_error_deg",
+            self.max_rotation_error_deg,
+            "must be in (0, 180]",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +159,8 @@ class Config:
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Config:
         """Build from nested tables, as TOML gives them. Unknown names and wrong types raise ConfigError."""
-        return _build(cls, values, "")
+        config: Config = _build(cls, values, "")
+        return config
 
     @classmethod
     def from_toml(cls, path: Path) -> Config:
@@ -184,7 +196,7 @@ class Config:
         lines = [f"seed = {self.seed}"]
         for name, value in self.to_dict().items():
             if isinstance(value, dict):
-                lines += ["", f"[{name}]", *(f"{key} = {json.dumps(entry)}" for key, entry in value.items())]
+                lines += ["", f"[{name}]", *(f"{key} = {_toml(entry)}" for key, entry in value.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -225,6 +237,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
+def _toml(value: object) -> str:
+    # JSON writes numbers, booleans and text as TOML does, except for its escapes of characters such as 𝄞.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
 class _Text(str):
     """A value that came as text and is still to be parsed by the type of its setting."""
 
@@ -240,7 +257,7 @@ def _build(cls: type, values: Mapping[str, object], prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{prefix}{name} is a stage; set one of its keys, as {prefix}{name}.key=value")
-            arguments[name] = _build(hints[name], value, f"{prefix}{name}.")  # type: ignore[arg-type]
+            arguments[name] = _build(hints[name], value, f"{prefix}{name}.")
         else:
             arguments[name] = _parse(value, hints[name], f"{prefix}{name}")
     return cls(**arguments)

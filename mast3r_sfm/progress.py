@@ -32,15 +32,20 @@ class Progress(Protocol):
 class SilentProgress:
     """The default: drops everything."""
 
-    def start(self, stage: str, total: int, unit: str) -> None: ...
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Do nothing."""
 
-    def advance(self, steps: int = 1) -> None: ...
+    def advance(self, steps: int = 1) -> None:
+        """Do nothing."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Do nothing."""
 
-    def note(self, message: str) -> None: ...
+    def note(self, message: str) -> None:
+        """Do nothing."""
 
-    def warn(self, message: str) -> None: ...
+    def warn(self, message: str) -> None:
+        """Do nothing."""
 
 
 @contextmanager

@@ -23,9 +23,7 @@ Int32 = NDArray[np.int32]
 
 
 def _check(array: NDArray[np.generic], shape: tuple[int | None, ...], name: str) -> None:
-    fits = array.ndim == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, array.shape, strict=True)
-    )
+    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
     if not fits:
         expected = ", ".join("*" if want is None else str(want) for want in shape)
         raise ShapeError(f"{name} has shape {array.shape}, expected [{expected}]")
@@ -115,7 +113,7 @@ class PixelTransform:
 
     def to_network(self, xy: Float64) -> Float64:
         """Photo pixels [M, 2] to network pixels [M, 2]."""
-        return np.linalg.solve(self.matrix[:, :2], (xy - self.matrix[:, 2]).T).T
+        return np.asarray(np.linalg.solve(self.matrix[:, :2], (xy - self.matrix[:, 2]).T).T, dtype=np.float64)
 
     @property
     def scale(self) -> float:
@@ -178,8 +176,7 @@ class PairPrediction:
         views, height, width, three = self.points_in_first.shape
         grid = (2, height, width)
         if (views, three) != (2, 3) or any(
-            tuple(value.shape[:3]) != grid
-            for value in (self.confidence, self.descriptors, self.descriptor_confidence)
+            tuple(value.shape[:3]) != grid for value in (self.confidence, self.descriptors, self.descriptor_confidence)
         ):
             raise ShapeError("PairPrediction: all maps must have the shape [2, H, W, …]")
 

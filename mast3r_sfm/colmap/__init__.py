@@ -1,0 +1,9 @@
+"""The one place that imports pycolmap: databases, models, triangulation and bundle adjustment.
+
+pycolmap logs through glog to stderr; only its fatal messages are let through, since everything else reaches the user as
+an error or a warning of ours.
+"""
+
+import pycolmap
+
+pycolmap.logging.minloglevel = int(pycolmap.logging.FATAL.value)

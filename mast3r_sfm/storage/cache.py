@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,21 +36,24 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             # mkstemp makes files private to the user; results are shared like any other file of theirs.
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
             raise
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; free the space or choose another folder") from error
+        raise ArtifactError(
+            f"cannot write {path}: {error.strerror}; free the space or choose another folder"
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -70,9 +74,13 @@ class StageCache:
         """Write manifest.json: what the key was made of, for people."""
         write_json(self.folder / "manifest.json", {"stage": self.stage, "key": self.key, **manifest})
 
+    def clear(self) -> None:
+        """Forget all chunks."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def write(self, chunk: int, arrays: Arrays, meta: object = None) -> None:
         """Store a chunk: named arrays, and any JSON value beside them."""
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         text = json.dumps(meta, allow_nan=False)
         write_atomic(self._path(chunk), safetensors.numpy.save(contiguous, metadata={"meta": text}))
 

@@ -1,0 +1,146 @@
+"""`mast3r-sfm reconstruct`: from a folder of photos to a COLMAP model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mast3r_sfm.config import RunOptions
+from mast3r_sfm.errors import ArtifactError, ConfigError, ReconstructionError
+from mast3r_sfm_cli.config import read_config, settings_options
+from mast3r_sfm_cli.summary import missing_photos, summarise
+
+_STAGES = frozenset(("prepare", "encode", "pairs", "match", "align", "map", "export"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line of `reconstruct`."""
+
+    images: Path | None
+    image_path: Path | None
+    output: Path
+    config_file: Path | None
+    assignments: tuple[str, ...]
+    model: str | None
+    seed: int | None
+    camera_model: str | None
+    single_camera: bool
+    device: str
+    threads: int
+    as_json: bool
+    quiet: bool
+    resume: bool
+    overwrite: bool
+
+    @property
+    def image_folder(self) -> Path:
+        """IMAGES, or --image-path as COLMAP calls it."""
+        if (self.images is None) == (self.image_path is None):
+            raise click.UsageError("name the folder with the photos: mast3r-sfm reconstruct IMAGES -o OUT")
+        return self.images or self.image_path or Path()
+
+    @property
+    def all_assignments(self) -> Sequence[str]:
+        """--set and the options that stand for one of its settings; the latter win."""
+        shorthands = {"encode.model": self.model, "seed": self.seed, "map.camera_model": self.camera_model}
+        own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
+        return [*self.assignments, *own, *(["prepare.cameras=single"] if self.single_camera else [])]
+
+
+@click.command()
+@click.argument("images", required=False, type=click.Path(path_type=Path))
+@click.option("--image-path", metavar="IMAGES", type=click.Path(path_type=Path), help="The same as IMAGES.")
+@click.option(
+    "-o", "--output", "--output-path", metavar="OUT", required=True, type=click.Path(path_type=Path), help="New folder."
+)
+@click.option("--model", metavar="NAME", help="auto (the best that is installed) or xfeat.  [default: auto]")
+@settings_options
+@click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
+@click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
+@click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option("--threads", default=0, help="CPU threads.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, the content of run.json, on stdout.")
+@click.option("--quiet", is_flag=True, help="No progress and no summary; warnings and errors only.")
+@click.option("--resume/--no-resume", default=True, help="Go on where an earlier run to OUT stopped.  [default: yes]")
+@click.option("--overwrite", is_flag=True, help="Write to OUT even where it holds other files; none is deleted.")
+def reconstruct(**flags: Any) -> int:
+    """Turn the photos in the folder IMAGES into a COLMAP model in the folder OUT.
+
+    Sub-folders are included. The result is OUT/sparse/0, the largest model, and further models if the photos show
+    separate places. OUT/run.json says what was done, and which photos were left out and why.
+    """
+    return _run(Flags(**flags))
+
+
+def _run(flags: Flags) -> int:
+    config = read_config(flags.config_file, flags.all_assignments)
+    options = RunOptions(device=flags.device, threads=flags.threads, resume=flags.resume)
+    images = flags.image_folder
+    check_output(images, flags.output, overwrite=flags.overwrite)
+
+    from mast3r_sfm.pipeline import reconstruct as run_pipeline
+    from mast3r_sfm_cli.progress import TerminalProgress
+
+    progress = TerminalProgress(quiet=flags.quiet or flags.as_json)
+    try:
+        report = run_pipeline(images, flags.output, config, options, progress)
+    finally:
+        progress.finish()
+        with contextlib.suppress(OSError):
+            flags.output.rmdir()  # only succeeds where nothing was written to it
+    if flags.as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+    elif not flags.quiet:
+        click.echo(summarise(report, flags.output))
+    if not report.models:
+        click.echo(f"error: {report.error or 'no model could be made from these photos'}", err=True)
+        return ReconstructionError.exit_code
+    missing = missing_photos(report)
+    if missing:
+        progress.warn(missing)
+    return 0
+
+
+def check_output(images: Path, output: Path, *, overwrite: bool) -> None:
+    """Make the output folder, or find out why it cannot be used, before any work is done.
+
+    Raises:
+        ConfigError: it is a file, it lies inside the folder with the photos, or it holds files of somebody else.
+        ArtifactError: it cannot be written.
+    """
+    if output.resolve().is_relative_to(images.resolve()):
+        raise ConfigError(f"the output {output} lies inside the photos' folder {images}; choose a folder outside of it")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"the output {output} is a file; choose a folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        strange = not overwrite and not _is_ours(output) and any(output.iterdir())
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {output}: {error.strerror}; choose another folder") from error
+    if strange:
+        raise ConfigError(
+            f"the output {output} holds files that are not from an earlier run; choose another folder, "
+            "or add --overwrite to write beside them"
+        )
+
+
+def _is_ours(output: Path) -> bool:
+    cache = output / "cache"
+    if cache.is_dir() and {entry.name for entry in cache.iterdir()} <= _STAGES:
+        return True
+    try:
+        return "stages" in json.loads((output / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

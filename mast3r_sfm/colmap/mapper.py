@@ -1,0 +1,133 @@
+"""From approximate poses to a bundle-adjusted model, with COLMAP's triangulator, registration and Ceres problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pycolmap
+
+from mast3r_sfm.colmap.model import ColmapModel
+from mast3r_sfm.config import MapConfig
+from mast3r_sfm.types import Float64
+
+MAX_REFINEMENTS = 5
+MAX_CHANGE = 0.0005
+"""Share of the observations that a round of refinement may still change when it is the last."""
+MIN_OBSERVATIONS = 20
+"""Points an image must see to stay registered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapperSettings:
+    """What mapping depends on besides the database."""
+
+    config: MapConfig
+    pixel_scale: float
+    """Photo pixels per pixel of matching: thresholds are given at the resolution of matching."""
+    threads: int
+    seed: int
+
+
+class Mapper:
+    """Builds one model after the other from one database."""
+
+    def __init__(self, database: Path, settings: MapperSettings) -> None:
+        """Load the correspondences of `database`."""
+        with pycolmap.Database.open(str(database)) as opened:
+            self._cache = pycolmap.DatabaseCache.create(opened, pycolmap.DatabaseCacheOptions())
+        self._settings = settings
+        self._options = _mapper_options(settings)
+
+    def build(self, poses: Mapping[int, Float64]) -> ColmapModel:
+        """Triangulate from given poses, adjust everything, and register what else the model can hold.
+
+        Args:
+            poses: cam_from_world [3, 4] by image number (0-based), approximate.
+        """
+        reconstruction = pycolmap.Reconstruction()
+        mapper = pycolmap.IncrementalMapper(self._cache)
+        mapper.begin_reconstruction(reconstruction)
+        for image, pose in poses.items():
+            frame = reconstruction.image(image + 1).frame
+            frame.rig_from_world = pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3])
+            mapper.observation_manager.register_frame(frame.frame_id)
+        triangulation = self._triangulation_options(len(poses))
+        self._triangulate_all(mapper, reconstruction, triangulation)
+        self._adjust(mapper, triangulation, robust=True)
+        while self._register_more(mapper, reconstruction, triangulation):
+            self._adjust(mapper, triangulation, robust=True)
+        mapper.end_reconstruction(False)
+        return ColmapModel(reconstruction)
+
+    def _triangulate_all(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        reconstruction: pycolmap.Reconstruction,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+    ) -> None:
+        for number in sorted(reconstruction.reg_image_ids()):
+            mapper.triangulate_image(triangulation, number)
+
+    def _adjust(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        *,
+        robust: bool,
+    ) -> None:
+        mapper.iterative_global_refinement(
+            MAX_REFINEMENTS, MAX_CHANGE, self._options, self._bundle_options(robust=robust), triangulation, True
+        )
+        mapper.filter_frames(self._options)
+
+    def _register_more(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        reconstruction: pycolmap.Reconstruction,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+    ) -> int:
+        """Try the images that see enough of the model's points; returns how many were registered."""
+        added = 0
+        for number in mapper.find_next_images(self._options, False):
+            if mapper.register_next_image(self._options, number):
+                mapper.triangulate_image(triangulation, number)
+                added += 1
+        return added
+
+    def _triangulation_options(self, num_images: int) -> pycolmap.IncrementalTriangulatorOptions:
+        options = pycolmap.IncrementalTriangulatorOptions()
+        options.min_angle = self._settings.config.min_angle_deg
+        options.complete_max_reproj_error = self._max_error
+        options.merge_max_reproj_error = self._max_error
+        # Two or three images have hardly any longer tracks.
+        options.ignore_two_view_tracks = num_images > 3
+        options.random_seed = self._settings.seed
+        return options
+
+    def _bundle_options(self, *, robust: bool) -> pycolmap.BundleAdjustmentOptions:
+        options = pycolmap.BundleAdjustmentOptions()
+        options.print_summary = False
+        options.ceres.loss_function_type = (
+            pycolmap.LossFunctionType.SOFT_L1 if robust else pycolmap.LossFunctionType.TRIVIAL
+        )
+        options.ceres.loss_function_scale = self._settings.pixel_scale
+        options.ceres.solver_options.max_num_iterations = 50
+        options.ceres.solver_options.num_threads = self._settings.threads
+        options.ceres.solver_options.function_tolerance = 1e-5
+        return options
+
+    @property
+    def _max_error(self) -> float:
+        return self._settings.config.max_reprojection_error_px * self._settings.pixel_scale
+
+
+def _mapper_options(settings: MapperSettings) -> pycolmap.IncrementalMapperOptions:
+    options = pycolmap.IncrementalMapperOptions()
+    options.filter_max_reproj_error = settings.config.max_reprojection_error_px * settings.pixel_scale
+    options.filter_min_tri_angle = settings.config.min_angle_deg
+    options.abs_pose_max_error = 3 * options.filter_max_reproj_error
+    options.num_threads = settings.threads
+    options.random_seed = settings.seed
+    return options

@@ -1,0 +1,105 @@
+"""COLMAP models: reading, writing and summing up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pycolmap
+
+from mast3r_sfm.errors import InputError
+from mast3r_sfm.types import Camera, Float64, ModelSummary
+
+
+class ColmapModel:
+    """A reconstruction in COLMAP's terms: cameras, registered images and points with tracks."""
+
+    def __init__(self, reconstruction: pycolmap.Reconstruction) -> None:
+        """Wrap a reconstruction of pycolmap."""
+        self._reconstruction = reconstruction
+
+    @property
+    def poses(self) -> dict[str, Float64]:
+        """cam_from_world [3, 4] of every registered image, by name, sorted."""
+        images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]
+        return {image.name: image.cam_from_world().matrix() for image in sorted(images, key=lambda image: image.name)}
+
+    @property
+    def cameras(self) -> dict[str, Camera]:
+        """Intrinsics of every registered image, by name."""
+        found = {}
+        for number in self._reconstruction.reg_image_ids():
+            image = self._reconstruction.image(number)
+            camera = image.camera
+            found[image.name] = Camera(
+                model=camera.model.name,
+                width_px=camera.width,
+                height_px=camera.height,
+                params=np.array(camera.params),
+                focal_is_known=camera.has_prior_focal_length,
+            )
+        return dict(sorted(found.items()))
+
+    @property
+    def num_points(self) -> int:
+        """Number of 3D points."""
+        return int(self._reconstruction.num_points3D())
+
+    def summary(self, path: str) -> ModelSummary:
+        """Counts and means, for reports.
+
+        Args:
+            path: where the model stands, relative to the output folder.
+        """
+        return ModelSummary(
+            path=path,
+            images=tuple(self.poses),
+            points=self.num_points,
+            observations=int(self._reconstruction.compute_num_observations()),
+            mean_track_length=float(self._reconstruction.compute_mean_track_length()),
+            mean_reprojection_error_px=float(self._reconstruction.compute_mean_reprojection_error()),
+        )
+
+    def colour(self, images: Path) -> None:
+        """Give every point the mean colour of its observations in the photos under `images`."""
+        self._reconstruction.extract_colors_for_all_images(str(images))
+
+    def write(self, folder: Path) -> None:
+        """Write cameras, images, points3D, rigs and frames in COLMAP's binary format; replaces what stood there."""
+        unfinished = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        self._reconstruction.write_binary(str(unfinished))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+    def write_ply(self, path: Path) -> None:
+        """Write the coloured points as a PLY file."""
+        self._reconstruction.export_PLY(str(path))
+
+
+def read_model(folder: Path) -> ColmapModel:
+    """Read a COLMAP model, binary or text.
+
+    Raises:
+        InputError: there is no model in this folder, or it is broken.
+    """
+    if not any((folder / f"images.{ending}").is_file() for ending in ("bin", "txt")):
+        raise InputError(f"{folder} holds no COLMAP model: images.bin or images.txt is missing")
+    try:
+        return ColmapModel(pycolmap.Reconstruction(str(folder)))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"the COLMAP model in {folder} cannot be read: {error}") from error
+
+
+def write_models(models: Sequence[ColmapModel], sparse: Path) -> list[ModelSummary]:
+    """Write models as sparse/0, sparse/1, …, and remove models of an earlier run that stand there beyond them."""
+    sparse.mkdir(parents=True, exist_ok=True)
+    for number, model in enumerate(models):
+        model.write(sparse / str(number))
+    for folder in sparse.iterdir():
+        if folder.is_dir() and folder.name.isdigit() and int(folder.name) >= len(models):
+            shutil.rmtree(folder)
+    return [model.summary(f"{sparse.name}/{number}") for number, model in enumerate(models)]

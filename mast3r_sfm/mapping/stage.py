@@ -1,0 +1,82 @@
+"""The map stage: shared keypoints, the COLMAP database, and one bundle-adjusted model per connected part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mast3r_sfm.colmap.database import DatabaseContent, write_database
+from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
+from mast3r_sfm.colmap.model import ColmapModel
+from mast3r_sfm.mapping.keypoints import share_keypoints
+from mast3r_sfm.progress import Progress, steps
+from mast3r_sfm.types import AlignmentResult, PairMatches, Rig
+
+CODE_VERSION = 1
+MIN_POINTS = 20
+"""A model with fewer points is no evidence of anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapInput:
+    """What the map stage works on."""
+
+    names: Sequence[str]
+    rig: Rig
+    matches: Sequence[PairMatches]
+    """All edges of the view graph."""
+    parts: Sequence[AlignmentResult]
+
+
+def write_matches(path: Path, given: MapInput, camera_model: str) -> None:
+    """Write database.db with the shared keypoints and the verified pairs."""
+    verified = [match for match in given.matches if match.verdict.is_link]
+    keypoints, indices = share_keypoints(verified, len(given.names))
+    content = DatabaseContent(
+        names=given.names,
+        rig=given.rig,
+        camera_model=camera_model,
+        keypoints=keypoints,
+        matches=verified,
+        indices=indices,
+    )
+    write_database(path, content)
+
+
+def build_models(
+    database: Path, given: MapInput, settings: MapperSettings, progress: Progress
+) -> list[ColmapModel]:
+    """One model per aligned part, largest first; an image stands in one model only.
+
+    Args:
+        database: as `write_matches` wrote it.
+        given: images, edges and aligned parts.
+        settings: of triangulation and bundle adjustment.
+        progress: is told of every part.
+    """
+    models: list[ColmapModel] = []
+    taken: set[str] = set()
+    mapper = Mapper(database, settings)
+    with steps(progress, "map", len(given.parts), "model"):
+        for part in given.parts:
+            poses = {
+                int(image): pose
+                for image, pose in zip(part.images, part.cam_from_world, strict=True)
+                if given.names[image] not in taken
+            }
+            progress.advance()
+            if len(poses) < 2:
+                continue
+            model = mapper.build(poses)
+            if len(model.poses) >= 2 and model.num_points >= MIN_POINTS:
+                taken.update(model.poses)
+                models.append(model)
+    return sorted(models, key=lambda model: (-len(model.poses), -model.num_points))
+
+
+def photo_scale(scales: Sequence[float]) -> float:
+    """Photo pixels per pixel of matching for a whole collection: the median over its images."""
+    return float(np.median(scales))

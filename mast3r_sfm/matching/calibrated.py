@@ -1,0 +1,138 @@
+"""The second half of the two-view check, once focal lengths are known: relative pose, points, and the kind of link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import poselib
+
+from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.geometry.epipolar import rays, rotation_between, triangulate
+from mast3r_sfm.geometry.similarity import align_similarity_robust
+from mast3r_sfm.matching.check import EpipolarEdge, min_significant_inliers
+from mast3r_sfm.types import Float32, Float64, PairMatches, Verdict
+
+PLANAR_SHARE = 0.8
+"""Share of the inliers on one homography from which a pair counts as planar."""
+ROTATION_SHARE = 0.9
+"""Share of the inliers that a turn about one centre must explain to be called a pure rotation."""
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What the calibrated check needs to know of one image."""
+
+    focal_px: float
+    """In network pixels."""
+    centre_px: Float64
+    """[2] principal point in network pixels."""
+    scale: float
+    """Photo pixels per network pixel."""
+
+    def rays(self, xy: Float64) -> Float64:
+        """Unit viewing directions of network pixels."""
+        return rays(xy, self.focal_px, self.centre_px)
+
+    def poselib_camera(self) -> dict[str, object]:
+        """The same intrinsics as poselib takes them."""
+        width, height = (2 * self.centre_px).tolist()
+        return {
+            "model": "SIMPLE_PINHOLE",
+            "width": round(width),
+            "height": round(height),
+            "params": [self.focal_px, *self.centre_px.tolist()],
+        }
+
+
+def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int) -> PairMatches:
+    """Relative pose and points of a checked pair, and what kind of link it is.
+
+    Args:
+        edge: result of the uncalibrated check.
+        first: intrinsics of the first image.
+        second: intrinsics of the second image.
+        config: thresholds.
+        seed: of the sampling.
+    """
+    if not edge.verdict.is_link:
+        return _without_depth(edge, edge.verdict, np.zeros(0, np.int64), first, second)
+    rays_first, rays_second = first.rays(edge.xy_first), second.rays(edge.xy_second)
+    focal = (first.focal_px + second.focal_px) / 2
+    if edge.homography_share >= PLANAR_SHARE:
+        rotation, error = _turn(rays_first, rays_second)
+        turned = error * focal < 1.5 * config.max_epipolar_error_px
+        if turned.mean() >= ROTATION_SHARE:
+            pose = np.concatenate([rotation, np.zeros((3, 1))], axis=1)
+            rotating = _without_depth(edge, Verdict.PURE_ROTATION, np.flatnonzero(turned), first, second)
+            return replace(rotating, second_from_first=pose)
+    pose, inliers = _relative_pose(edge, first, second, config, seed)
+    points, angle = triangulate(pose, rays_first, rays_second)
+    points_second = points @ pose[:, :3].T + pose[:, 3]
+    # Rays that are parallel to within the noise of a pixel have no depth worth keeping, whatever side they meet on.
+    noise = config.max_epipolar_error_px / focal
+    keep = np.flatnonzero(inliers & (points[:, 2] > 0) & (points_second[:, 2] > 0) & (angle > noise / 4))
+    if len(keep) < min_significant_inliers(edge.num_putative, config):
+        return _without_depth(edge, Verdict.WEAK, np.zeros(0, np.int64), first, second)
+    if edge.points_first is not None and edge.points_second is not None:
+        # A pointmap model brings its own depth, better than two rays at a small angle.
+        points, points_second = edge.points_first, edge.points_second
+        fit, _ = align_similarity_robust(points[keep], points_second[keep], seed=seed)
+        pose = np.concatenate([fit.rotation, fit.translation[:, None] / fit.scale], axis=1)
+    return PairMatches(
+        first=edge.first,
+        second=edge.second,
+        xy_first=first.scale * edge.xy_first[keep],
+        xy_second=second.scale * edge.xy_second[keep],
+        confidence=edge.confidence[keep],
+        points_first=points[keep],
+        points_second=points_second[keep],
+        verdict=Verdict.PLANAR if edge.homography_share >= PLANAR_SHARE else Verdict.GOOD,
+        inlier_ratio=edge.inlier_ratio,
+        second_from_first=pose,
+    )
+
+
+def _relative_pose(
+    edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int
+) -> tuple[Float64, np.ndarray]:  # type: ignore[type-arg]
+    pose, info = poselib.estimate_relative_pose(
+        edge.xy_first,
+        edge.xy_second,
+        first.poselib_camera(),
+        second.poselib_camera(),
+        {"max_epipolar_error": config.max_epipolar_error_px, "max_iterations": MAX_ITERATIONS, "seed": seed},
+    )
+    translation = np.asarray(pose.t, np.float64)
+    # A translation of zero length would be a pure rotation, which the caller has ruled out.
+    translation = translation / max(float(np.linalg.norm(translation)), 1e-12)
+    return np.concatenate([pose.R, translation[:, None]], axis=1), np.asarray(info["inliers"], bool)
+
+
+def _turn(rays_first: Float64, rays_second: Float64) -> tuple[Float64, Float64]:
+    """The rotation that explains most rays, and the angle in radians [M] by which it misses each."""
+    chosen = np.ones(len(rays_first), bool)
+    for _ in range(3):
+        rotation = rotation_between(rays_first[chosen], rays_second[chosen])
+        error = np.linalg.norm(np.cross(rays_first @ rotation.T, rays_second), axis=1)
+        chosen = error <= max(3 * float(np.median(error)), 1e-9)
+    return rotation, error
+
+
+def _without_depth(
+    edge: EpipolarEdge, verdict: Verdict, keep: np.ndarray, first: View, second: View  # type: ignore[type-arg]
+) -> PairMatches:
+    none: Float64 = np.zeros((0, 3))
+    confidence: Float32 = edge.confidence[keep]
+    return PairMatches(
+        first=edge.first,
+        second=edge.second,
+        xy_first=first.scale * edge.xy_first[keep],
+        xy_second=second.scale * edge.xy_second[keep],
+        confidence=confidence,
+        points_first=none,
+        points_second=none,
+        verdict=verdict,
+        inlier_ratio=edge.inlier_ratio,
+    )

@@ -1,0 +1,177 @@
+"""The match stage: every edge of the view graph is matched, checked, calibrated and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.matching.calibrated import View, calibrate_pair
+from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.focal import estimate_focal_ratios
+from mast3r_sfm.matching.putative import match_dense, match_keypoints
+from mast3r_sfm.models.base import DenseModel, PairModel
+from mast3r_sfm.progress import Progress, steps
+from mast3r_sfm.storage.cache import Arrays, StageCache
+from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches, Rig, Verdict, ViewGraph
+
+CODE_VERSION = 1
+PAIRS_PER_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matcher:
+    """Everything the match stage works with."""
+
+    model: PairModel
+    encodings: Sequence[Encoding]
+    config: MatchConfig
+    seed: int
+    threads: int
+
+    def check_graph(self, graph: ViewGraph, cache: StageCache, progress: Progress) -> tuple[list[EpipolarEdge], int]:
+        """Match and check all pairs, chunk by chunk.
+
+        Returns:
+            one edge per pair of the graph, in its order, and the number of chunks found finished.
+        """
+        edges: list[EpipolarEdge] = []
+        resumed = 0
+        with steps(progress, "match", len(graph.pairs), "pair"), ThreadPoolExecutor(self.threads) as pool:
+            for chunk, start in enumerate(range(0, len(graph.pairs), PAIRS_PER_CHUNK)):
+                pairs = [(int(i), int(j)) for i, j in graph.pairs[start : start + PAIRS_PER_CHUNK]]
+                stored = cache.read(chunk)
+                if stored is not None:
+                    edges += _unpack(stored[0])
+                    resumed += 1
+                    progress.advance(len(pairs))
+                    continue
+                done = []
+                for edge in _ordered(pool, self._tasks(pairs)):
+                    done.append(edge)
+                    progress.advance()
+                cache.write(chunk, _pack(done))
+                edges += done
+        return edges, resumed
+
+    def _tasks(self, pairs: list[tuple[int, int]]) -> Iterator[Callable[[], EpipolarEdge]]:
+        for pair in pairs:
+            # Read here, in one thread; matched and checked in the pool.
+            first, second = self.encodings[pair[0]], self.encodings[pair[1]]
+            if isinstance(self.model, DenseModel):
+                putative = match_dense(self.model, first, second)
+                yield lambda pair=pair, putative=putative: check_pair(pair, putative, self.config, self.seed)  # type: ignore[misc]
+            else:
+                yield lambda pair=pair, first=first, second=second: check_pair(  # type: ignore[misc]
+                    pair, match_keypoints(first, second, self.config), self.config, self.seed
+                )
+
+    def calibrate(self, edges: Sequence[EpipolarEdge], rig: Rig) -> list[PairMatches]:
+        """Relative pose, points and verdict of every edge, given the cameras."""
+        views: dict[int, View] = {}
+        for image in {index for edge in edges for index in (edge.first, edge.second)}:
+            views[image] = _view(self.encodings[image], rig.cameras[rig.camera_of_image[image]])
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(
+                pool.map(
+                    lambda edge: calibrate_pair(edge, views[edge.first], views[edge.second], self.config, self.seed),
+                    edges,
+                )
+            )
+
+    def estimate_rig(self, edges: Sequence[EpipolarEdge], records: Sequence[ImageRecord]) -> Rig:
+        """One camera per group of photos: focal length from EXIF, else from the edges; centred, without distortion."""
+        groups = sorted({record.camera_group for record in records})
+        camera_of_image = np.array([groups.index(record.camera_group) for record in records], np.int32)
+        sizes = np.array([(record.width_px, record.height_px) for record in records], np.float64)
+        scales = np.array([encoding.transform.scale for encoding in self.encodings])
+        known = np.full(len(groups), np.nan)
+        for camera, record in zip(camera_of_image, records, strict=True):
+            if record.exif_focal_px is not None:
+                known[camera] = record.exif_focal_px / max(record.width_px, record.height_px)
+        ratios = estimate_focal_ratios(list(edges), camera_of_image, sizes / scales[:, None], known)
+        cameras = []
+        for camera, _ in enumerate(groups):
+            width, height = sizes[int(np.flatnonzero(camera_of_image == camera)[0])]
+            params = np.array([ratios[camera] * max(width, height), width / 2, height / 2])
+            cameras.append(
+                Camera(
+                    model="SIMPLE_PINHOLE",
+                    width_px=int(width),
+                    height_px=int(height),
+                    params=params,
+                    focal_is_known=not np.isnan(known[camera]),
+                )
+            )
+        return Rig(cameras=tuple(cameras), camera_of_image=camera_of_image)
+
+
+def _view(encoding: Encoding, camera: Camera) -> View:
+    scale = encoding.transform.scale
+    # Stored photo pixels, scaled: see putative._network_xy.
+    return View(focal_px=float(camera.params[0]) / scale, centre_px=camera.params[1:3] / scale, scale=scale)
+
+
+def _ordered(
+    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], EpipolarEdge]]
+) -> Iterator[EpipolarEdge]:
+    """Results in the order of the tasks, with no more tasks made than the pool can soon work on."""
+    ahead = 4
+    waiting = []
+    for task in tasks:
+        waiting.append(pool.submit(task))
+        if len(waiting) > ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+_VERDICTS = list(Verdict)
+
+
+def _pack(edges: list[EpipolarEdge]) -> Arrays:
+    none: Float64 = np.zeros((0, 3))
+    points = [(edge.points_first, edge.points_second) for edge in edges]
+    return {
+        "pairs": np.array([(edge.first, edge.second) for edge in edges], np.int32).reshape(-1, 2),
+        "length": np.array([len(edge.xy_first) for edge in edges], np.int64),
+        "has_points": np.array([first is not None for first, _ in points], np.bool_),
+        "xy_first": np.concatenate([edge.xy_first for edge in edges]),
+        "xy_second": np.concatenate([edge.xy_second for edge in edges]),
+        "confidence": np.concatenate([edge.confidence for edge in edges]),
+        "points_first": np.concatenate([none if first is None else first for first, _ in points]),
+        "points_second": np.concatenate([none if second is None else second for _, second in points]),
+        "fundamental": np.stack([edge.fundamental for edge in edges]),
+        "homography_share": np.array([edge.homography_share for edge in edges]),
+        "num_putative": np.array([edge.num_putative for edge in edges], np.int64),
+        "verdict": np.array([_VERDICTS.index(edge.verdict) for edge in edges], np.int32),
+    }
+
+
+def _unpack(arrays: Arrays) -> list[EpipolarEdge]:
+    ends = np.cumsum(arrays["length"])
+    point_ends = np.cumsum(arrays["length"] * arrays["has_points"])
+    edges = []
+    for row, end in enumerate(ends):
+        part = slice(int(end - arrays["length"][row]), int(end))
+        has_points = bool(arrays["has_points"][row])
+        points = slice(int(point_ends[row] - arrays["length"][row]), int(point_ends[row]))
+        edges.append(
+            EpipolarEdge(
+                first=int(arrays["pairs"][row, 0]),
+                second=int(arrays["pairs"][row, 1]),
+                xy_first=arrays["xy_first"][part],
+                xy_second=arrays["xy_second"][part],
+                confidence=arrays["confidence"][part],
+                points_first=arrays["points_first"][points] if has_points else None,
+                points_second=arrays["points_second"][points] if has_points else None,
+                fundamental=arrays["fundamental"][row],
+                homography_share=float(arrays["homography_share"][row]),
+                num_putative=int(arrays["num_putative"][row]),
+                verdict=_VERDICTS[int(arrays["verdict"][row])],
+            )
+        )
+    return edges

@@ -1,0 +1,77 @@
+"""LighterGlue: the small LightGlue (Lindenberger et al., ICCV 2023) that XFeat's authors trained for its features.
+
+About ten times as slow as nearest neighbours, it also matches pairs on which those find too little.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mast3r_sfm.errors import WeightsError
+from mast3r_sfm.types import Encoding
+
+MIN_CONFIDENCE = 0.1
+# The architecture that the weights were trained for.
+LAYERS, HEADS, WIDTH, INPUT = 6, 1, 96, 64
+
+
+class HardPairMatcher:
+    """Matches the keypoints of two encodings with a transformer over both images."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """Load the weights at `path`. Raises WeightsError where they do not fit."""
+        from kornia.feature.lightglue import LightGlue
+
+        self._device = device
+        self._network = LightGlue(
+            None,
+            input_dim=INPUT,
+            descriptor_dim=WIDTH,
+            n_layers=LAYERS,
+            num_heads=HEADS,
+            depth_confidence=-1,
+            width_confidence=-1,
+            filter_threshold=MIN_CONFIDENCE,
+        )
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            missing, unexpected = self._network.load_state_dict(_renamed(stored), strict=False)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            raise WeightsError(f"{path} does not hold LighterGlue's weights: {error}") from error
+        learned = {name for name, _ in self._network.named_parameters()}
+        if absent := learned.intersection(missing):
+            raise WeightsError(f"{path} lacks {len(absent)} of LighterGlue's weights, such as {min(absent)}")
+        self._network.to(device).eval()
+        del unexpected  # the file also carries the training's own bookkeeping
+
+    @torch.inference_mode()
+    def match(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Indices [M, 2] of matched tokens and their confidence [M] in (0, 1]."""
+        if min(len(first.tokens), len(second.tokens)) == 0:
+            return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
+        result = self._network({"image0": self._input(first), "image1": self._input(second)})
+        matches, scores = result["matches"][0], result["scores"][0]
+        return matches.cpu().numpy().astype(np.int64), scores.float().cpu().numpy()
+
+    def _input(self, encoding: Encoding) -> dict[str, torch.Tensor]:
+        # Upright network pixels: the transformer learned on upright photos.
+        xy = encoding.transform.to_network(encoding.xy.astype(np.float64))
+        size = np.array(encoding.network_size)
+        return {
+            "keypoints": torch.from_numpy(np.clip(xy, 0, size).astype(np.float32))[None].to(self._device),
+            "descriptors": torch.from_numpy(encoding.tokens.astype(np.float32))[None].to(self._device),
+            "image_size": torch.from_numpy(size.astype(np.float32))[None].to(self._device),
+        }
+
+
+def _renamed(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The file's names to those of kornia's LightGlue, which groups both attentions of a layer."""
+    return {
+        re.sub(r"^(self_attn|cross_attn)\.(\d+)\.", r"transformers.\2.\1.", name.removeprefix("matcher.")): value
+        for name, value in stored.items()
+    }

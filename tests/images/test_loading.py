@@ -1,0 +1,262 @@
+"""Reading photos for a network: every orientation, every mode, every size, and the exact way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from mast3r_sfm.errors import InputError
+from mast3r_sfm.images.decoding import to_8_bit
+from mast3r_sfm.images.loading import load_image, network_size, photo_from_network
+from mast3r_sfm.types import ImageRecord, PixelTransform
+
+Photo = Callable[..., Path]
+Textured = Callable[..., NDArray[np.uint8]]
+ORIENTATIONS = range(1, 9)
+
+
+def record_of(path: Path, *, orientation: int = 1, size: tuple[int, int] | None = None) -> ImageRecord:
+    if size is None:
+        with Image.open(path) as image:
+            size = image.size
+    width, height = size
+    return ImageRecord(name=path.name, width_px=width, height_px=height, sha256="", orientation=orientation)
+
+
+def load(path: Path, max_size_px: int = 1024, **options: Any) -> Any:
+    return load_image(path.parent, record_of(path, **options), max_size_px)
+
+
+def oriented(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    return tags
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("extension", ["png", "tif", "jpg", "webp"])
+def test_a_marked_pixel_is_found_again_in_every_orientation(tmp_path: Path, orientation: int, extension: str) -> None:
+    marks = {"red": (7, 20), "green": (90, 4), "blue": (40, 50)}  # column and row in the stored file
+    stored = np.zeros((60, 100, 3), np.uint8)
+    for channel, (column, row) in enumerate(marks.values()):
+        stored[row - 2 : row + 3, column - 2 : column + 3, channel] = 255
+    options = {"lossless": True} if extension == "webp" else {"quality": 100, "subsampling": 0}
+    path = tmp_path / f"a.{extension}"
+    Image.fromarray(stored).save(path, exif=oriented(orientation), **(options if extension in ("webp", "jpg") else {}))
+    image = load(path, orientation=orientation, size=(100, 60))
+    assert image.pixels.shape == ((60, 100, 3) if orientation < 5 else (100, 60, 3))
+    for channel, (column, row) in enumerate(marks.values()):
+        rows, columns = np.nonzero(image.pixels[:, :, channel] > 128)
+        assert len(rows) == 25
+        found = np.array([[columns.mean() + 0.5, rows.mean() + 0.5]])
+        np.testing.assert_allclose(image.transform.to_photo(found), [[column + 0.5, row + 0.5]], atol=1e-9)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_upright_image_is_what_exif_says(tmp_path: Path, textured: Textured, orientation: int) -> None:
+    from PIL import ImageOps
+
+    path = tmp_path / "a.png"
+    Image.fromarray(textured(64, 48)).save(path, exif=oriented(orientation))
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image)
+    np.testing.assert_array_equal(load(path, orientation=orientation, size=(64, 48)).pixels, np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("extension", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("size", [(1001, 667), (667, 1001), (803, 800)])
+def test_a_shrunk_blob_stays_where_it_is(
+    tmp_path: Path, orientation: int, extension: str, size: tuple[int, int]
+) -> None:
+    # A smooth blob near the far corner, where a resize whose scale is not exact errs most.
+    width, height = size
+    centre = (width - 60.3, height - 50.7)
+    y, x = np.mgrid[0:height, 0:width] + 0.5
+    blob = 255 * np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * 12.0**2))
+    path = tmp_path / f"a.{extension}"
+    Image.fromarray(blob.astype(np.uint8)).save(
+        path, exif=oriented(orientation), **({"quality": 98} if extension == "jpg" else {})
+    )
+    image = load(path, 240, orientation=orientation, size=size)
+    assert max(image.pixels.shape) == 240
+    grey = image.pixels[:, :, 0].astype(np.float64)
+    grey[grey < 4] = 0
+    rows, columns = np.mgrid[0 : grey.shape[0], 0 : grey.shape[1]] + 0.5
+    found = np.array([[(columns * grey).sum(), (rows * grey).sum()]]) / grey.sum()
+    # 0.15 stored pixels are 0.04 network pixels; a scale that ignores the overhang of a reduced JPEG errs by a pixel.
+    np.testing.assert_allclose(image.transform.to_photo(found), [centre], atol=0.15)
+
+
+def test_a_photo_is_never_enlarged(photo: Photo) -> None:
+    image = load(photo("a.png", width=100, height=70), 1024)
+    assert image.pixels.shape == (70, 100, 3)
+    np.testing.assert_array_equal(image.transform.matrix, [[1, 0, 0], [0, 1, 0]])
+
+
+def test_pixels_can_be_written(photo: Photo) -> None:
+    assert load(photo("a.png")).pixels.flags.writeable
+
+
+def test_shrinking_does_not_alias(tmp_path: Path) -> None:
+    stripes = np.zeros((600, 1200, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for extension in ("png", "jpg"):
+        Image.fromarray(stripes).save(tmp_path / f"a.{extension}")
+        shrunk = load(tmp_path / f"a.{extension}", 300).pixels[5:-5, 5:-5]
+        assert 110 < shrunk.mean() < 145
+        assert shrunk.std() < 8
+
+
+class TestModes:
+    """Every mode Pillow reads becomes RGB that looks like the photo."""
+
+    @pytest.fixture
+    def colours(self, textured: Textured) -> np.ndarray:
+        return textured(96, 80)
+
+    @pytest.mark.parametrize(
+        ("mode", "extension", "tolerance"),
+        [
+            ("RGBA", "png", 0),
+            ("CMYK", "tif", 1),
+            ("CMYK", "jpg", 6),
+            ("P", "png", 40),
+            ("YCbCr", "tif", 3),
+        ],
+    )
+    def test_colour(self, tmp_path: Path, colours: np.ndarray, mode: str, extension: str, tolerance: int) -> None:
+        path = tmp_path / f"a.{extension}"
+        options = {"quality": 98} if extension == "jpg" else {}
+        Image.fromarray(colours).convert(mode).save(path, **options)
+        with Image.open(path) as saved:
+            assert saved.mode == mode
+        difference = load(path).pixels.astype(int) - colours
+        assert np.abs(difference).mean() <= tolerance
+
+    @pytest.mark.parametrize("mode", ["L", "LA"])
+    def test_grey(self, tmp_path: Path, colours: np.ndarray, mode: str) -> None:
+        path = tmp_path / "a.png"
+        grey = colours[:, :, 0]
+        Image.fromarray(grey).convert(mode).save(path)
+        np.testing.assert_array_equal(load(path).pixels, np.repeat(grey[:, :, None], 3, 2))
+
+    def test_alpha_is_dropped_not_blended(self, tmp_path: Path, colours: np.ndarray) -> None:
+        alpha = np.full((80, 96, 1), 10, np.uint8)
+        Image.fromarray(np.concatenate([colours, alpha], 2)).save(tmp_path / "a.png")
+        np.testing.assert_array_equal(load(tmp_path / "a.png").pixels, colours)
+
+    def test_palette_with_transparency(self, tmp_path: Path, colours: np.ndarray) -> None:
+        path = tmp_path / "a.png"
+        palette = Image.fromarray(colours).quantize(32)
+        palette.save(path, transparency=bytes(range(32)))
+        np.testing.assert_array_equal(load(path).pixels, np.asarray(palette.convert("RGB")))
+
+    def test_one_bit(self, tmp_path: Path, colours: np.ndarray) -> None:
+        bits = colours[:, :, 0] > 128
+        Image.fromarray(bits).save(tmp_path / "a.png")
+        np.testing.assert_array_equal(load(tmp_path / "a.png").pixels[:, :, 1], bits * np.uint8(255))
+
+    @pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
+    def test_16_bit_grey(self, tmp_path: Path, colours: np.ndarray, extension: str) -> None:
+        grey = colours[:, :, 0]
+        grey = np.where(grey == grey.max(), 255, grey)
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"a.{extension}")
+        np.testing.assert_array_equal(load(tmp_path / f"a.{extension}").pixels[:, :, 2], grey)
+
+    def test_float_and_32_bit(self, tmp_path: Path, colours: np.ndarray) -> None:
+        grey = np.where(colours[:, :, 0] == colours[:, :, 0].max(), 255, colours[:, :, 0])
+        Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "f.tif")
+        Image.fromarray(grey.astype(np.int32) * 257).save(tmp_path / "i.tif")
+        np.testing.assert_array_equal(load(tmp_path / "f.tif").pixels[:, :, 0], grey)
+        np.testing.assert_array_equal(load(tmp_path / "i.tif").pixels[:, :, 0], grey)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 65535]], np.uint16), [[0, 255]]),
+        (np.array([[0, 257 * 7, 60000]], np.uint16), [[0, 7, 233]]),
+        (np.array([[0, 2048, 4095]], np.uint16), [[0, 128, 255]]),
+        (np.array([[0, 1023]], np.int32), [[0, 255]]),
+        (np.array([[3, 200]], np.uint16), [[3, 200]]),
+        (np.array([[-5, 0, 131070]], np.int32), [[0, 0, 255]]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [[0, 128, 255]]),
+        (np.array([[np.nan, -1.0, 255.0]], np.float32), [[0, 0, 255]]),
+        (np.array([[np.inf, 0.0]], np.float32), [[0, 0]]),
+        (np.zeros((1, 2), np.uint16), [[0, 0]]),
+    ],
+)
+def test_grey_values_of_any_depth_are_scaled_to_8_bits(values: np.ndarray, expected: list[list[int]]) -> None:
+    assert to_8_bit(values).tolist() == expected
+
+
+class TestErrors:
+    def test_missing(self, tmp_path: Path) -> None:
+        record = ImageRecord(name="gone.jpg", width_px=10, height_px=10, sha256="")
+        with pytest.raises(InputError, match=r"gone\.jpg"):
+            load_image(tmp_path, record, 512)
+
+    def test_truncated(self, photo: Photo) -> None:
+        path = photo("cut.jpg", width=400, height=300)
+        record = record_of(path)
+        path.write_bytes(path.read_bytes()[:4000])
+        with pytest.raises(InputError, match=r"cut\.jpg.*truncated"):
+            load_image(path.parent, record, 512)
+
+    def test_another_photo_by_now(self, photo: Photo) -> None:
+        record = record_of(photo("a.jpg"))
+        path = photo("a.jpg", width=300, height=200)
+        with pytest.raises(InputError, match=r"a\.jpg.*changed"):
+            load_image(path.parent, record, 512)
+
+
+def test_a_20000_pixel_panorama_is_shrunk(tmp_path: Path, textured: Textured) -> None:
+    path = tmp_path / "panorama.jpg"
+    Image.fromarray(textured(20_000, 5_000)[:, :, 0]).save(path)  # 100 Mpx, above the limit at which Pillow warns
+    image = load(path, 1024, size=(20_000, 5_000))
+    assert image.pixels.shape == (256, 1024, 3)
+    np.testing.assert_allclose(image.transform.to_photo(np.array([[1024.0, 256.0]])), [[20_000, 5_000]])
+
+
+sides = st.integers(1, 30_000)
+
+
+@given(width=sides, height=sides, limit=st.integers(64, 4096), orientation=st.integers(1, 8))
+def test_the_transform_maps_corners_to_corners_and_back(width: int, height: int, limit: int, orientation: int) -> None:
+    resized = network_size(width, height, limit)
+    assert max(resized) == min(limit, max(width, height))
+    assert min(resized) >= 1
+    transform = PixelTransform(matrix=photo_from_network((width, height), resized, orientation))
+    upright_width, upright_height = resized if orientation < 5 else resized[::-1]
+    corners = np.array([[0, 0], [upright_width, 0], [0, upright_height], [upright_width, upright_height]], dtype=float)
+    stored = transform.to_photo(corners)
+    assert {tuple(corner) for corner in np.rint(stored).tolist()} == {(0, 0), (width, 0), (0, height), (width, height)}
+    np.testing.assert_allclose(transform.to_network(stored), corners, atol=1e-6)
+    mirrored = orientation in (2, 4, 5, 7)
+    assert (np.linalg.det(transform.matrix[:, :2]) < 0) == mirrored
+
+
+@given(width=st.integers(1, 60), height=st.integers(1, 60), orientation=st.integers(1, 8), data=st.data())
+def test_every_upright_pixel_comes_from_the_stored_pixel_the_transform_names(
+    width: int, height: int, orientation: int, data: st.DataObject
+) -> None:
+    from mast3r_sfm.images.loading import _UPRIGHT
+
+    index = np.arange(width * height, dtype=np.int32).reshape(height, width)
+    stored = Image.fromarray(index)
+    upright = np.asarray(stored if orientation == 1 else stored.transpose(_UPRIGHT[orientation]))
+    row = data.draw(st.integers(0, upright.shape[0] - 1))
+    column = data.draw(st.integers(0, upright.shape[1] - 1))
+    transform = PixelTransform(matrix=photo_from_network((width, height), (width, height), orientation))
+    x, y = transform.to_photo(np.array([[column + 0.5, row + 0.5]]))[0]
+    assert upright[row, column] == index[int(y), int(x)]
+    assert (x % 1, y % 1) == (0.5, 0.5)

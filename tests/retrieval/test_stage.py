@@ -1,0 +1,196 @@
+"""The pairs stage on made-up places, and on collections that give it little to go by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+import pytest
+
+from mast3r_sfm.config import PairsConfig
+from mast3r_sfm.errors import ShapeError
+from mast3r_sfm.progress import SilentProgress
+from mast3r_sfm.retrieval import build_view_graph, stage
+from mast3r_sfm.types import Encoding, PixelTransform, Reason
+
+MakePlaces = Callable[..., list[Encoding]]
+SMALL = PairsConfig(keyframes=4, neighbours=3)
+PHOTOS = [6, 8, 5, 7]
+PLACE = np.repeat(np.arange(4), PHOTOS)
+
+
+class _Log(SilentProgress):
+    """Counts steps and keeps messages."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.done = 0
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def start(self, stage: str, total: int, unit: str) -> None:  # noqa: ARG002
+        self.calls.append((stage, total))
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+
+    def finish(self) -> None:
+        self.calls.append(("finish", self.done))
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+class _Lazy(Sequence[Encoding]):
+    """Counts how often each item is asked for."""
+
+    def __init__(self, items: list[Encoding]) -> None:
+        self._items = items
+        self.asked: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Encoding]:
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> Encoding: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoding]: ...
+    def __getitem__(self, index: int | slice) -> Encoding | Sequence[Encoding]:
+        assert isinstance(index, int)
+        self.asked[index] += 1
+        return self._items[index]
+
+
+def _encoding(tokens: np.ndarray, attention: np.ndarray | None = None) -> Encoding:
+    return Encoding(
+        tokens=tokens.astype(np.float16),
+        xy=np.zeros((len(tokens), 2), np.float32),
+        attention=np.ones(len(tokens), np.float32) if attention is None else attention,
+        transform=PixelTransform(matrix=np.eye(2, 3)),
+        network_size=(64, 64),
+    )
+
+
+def test_photos_of_one_place_find_each_other(make_places: MakePlaces) -> None:
+    log = _Log()
+    photos = _Lazy(make_places(PHOTOS))
+    graph, similarity = build_view_graph(photos, SMALL, model_tokens=150, seed=0, progress=log)
+    assert similarity.shape == (26, 26)
+    assert similarity.dtype == np.float32
+    np.testing.assert_array_equal(similarity, similarity.T)
+    np.testing.assert_array_equal(similarity.diagonal(), 1)
+    assert 0 <= similarity.min() <= similarity.max() <= 1
+    same = PLACE[:, None] == PLACE
+    others = ~np.eye(26, dtype=bool)
+    assert similarity[same & others].min() > 2 * similarity[~same].max()
+
+    near = graph.reason == Reason.NEIGHBOUR
+    assert (PLACE[graph.pairs[near, 0]] == PLACE[graph.pairs[near, 1]]).all()
+    assert sorted(set(PLACE[graph.pairs[graph.reason == Reason.KEYFRAME]].ravel())) == [0, 1, 2, 3]
+    assert len(graph.pairs) < 26 * 25 // 2
+    assert log.calls == [("pairs", 52), ("finish", 52)]
+    assert set(photos.asked.values()) <= {1, 2, 3}
+    assert sum(photos.asked.values()) <= 2 * 26 + 1
+    assert not log.warnings
+    assert "pairs are matched" in log.notes[-1]
+
+
+def test_the_same_input_gives_the_same_result(make_places: MakePlaces) -> None:
+    first, again, other = (
+        build_view_graph(make_places(PHOTOS), SMALL, model_tokens=150, seed=seed, progress=SilentProgress())
+        for seed in (5, 5, 6)
+    )
+    np.testing.assert_array_equal(first[1], again[1])
+    np.testing.assert_array_equal(first[0].pairs, again[0].pairs)
+    assert (other[1] != first[1]).any()
+
+
+def test_many_runs_of_images_give_nearly_the_same(make_places: MakePlaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = make_places(PHOTOS)
+    config = PairsConfig(keyframes=4, neighbours=3, codebook_words=16)
+    whole = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
+    monkeypatch.setattr(stage, "_VALUES_AT_ONCE", 1)
+    single = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
+    # Another sample trains the words; what is alike stays alike.
+    same = PLACE[:, None] == PLACE
+    assert single[same].min() > 2 * single[~same].max()
+    assert np.corrcoef(whole.ravel(), single.ravel())[0, 1] > 0.95
+
+
+def test_only_the_strongest_tokens_count(make_places: MakePlaces) -> None:
+    photos = make_places(PHOTOS, tokens=100)
+    noise = np.random.default_rng(1).standard_normal((26, 50, photos[0].tokens.shape[1]))
+    attention = np.concatenate([np.zeros(50), np.linspace(2, 1, 100)]).astype(np.float32)
+    disturbed = [
+        _encoding(np.concatenate([extra, photo.tokens]), attention) for extra, photo in zip(noise, photos, strict=True)
+    ]
+    config = PairsConfig(keyframes=4, neighbours=3, tokens_per_image=100)
+    clean, same = (
+        build_view_graph(encodings, config, model_tokens=999, seed=0, progress=SilentProgress())[1]
+        for encodings in (photos, disturbed)
+    )
+    np.testing.assert_array_equal(clean, same)
+
+
+def test_small_collections_are_matched_exhaustively_with_true_scores(make_places: MakePlaces) -> None:
+    log = _Log()
+    graph, similarity = build_view_graph(make_places([3, 2]), PairsConfig(), model_tokens=200, seed=0, progress=log)
+    assert len(graph.pairs) == 10
+    assert set(graph.reason.tolist()) == {Reason.EXHAUSTIVE}
+    np.testing.assert_allclose(graph.score, similarity[tuple(graph.pairs.T)])
+    same = np.array([i < 3 and j < 3 or i >= 3 and j >= 3 for i, j in graph.pairs])
+    assert graph.score[same].min() > 1.5 * graph.score[~same].max()
+    assert log.notes[-1] == "all 10 pairs of 5 photos are matched"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_photos_that_show_nothing_still_get_a_connected_graph(tokens: int) -> None:
+    log = _Log()
+    photos = [_encoding(np.ones((tokens, 8))) for _ in range(12)]
+    graph, similarity = build_view_graph(
+        photos, PairsConfig(keyframes=2, neighbours=1), model_tokens=5, seed=0, progress=log
+    )
+    np.testing.assert_array_equal(similarity, np.eye(12))
+    assert len(graph.pairs) == 11
+    assert len(log.warnings) == 1
+    assert log.calls == [("pairs", 24), ("finish", 24)]
+
+
+def test_one_photo_without_tokens_is_similar_to_nothing(make_places: MakePlaces) -> None:
+    photos = make_places([4, 4])
+    photos[2] = _encoding(np.zeros((0, photos[0].tokens.shape[1])))
+    config = PairsConfig(keyframes=2, neighbours=1)
+    graph, similarity = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())
+    assert similarity[2].sum() == 1
+    assert 2 in graph.pairs
+    assert np.delete(np.delete(similarity, 2, 0), 2, 1).min() >= 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_tiny_collections(make_places: MakePlaces, count: int) -> None:
+    graph, similarity = build_view_graph(
+        make_places([count]), PairsConfig(), model_tokens=100, seed=0, progress=SilentProgress()
+    )
+    assert similarity.shape == (count, count)
+    assert graph.num_images == count
+    assert len(graph.pairs) == count * (count - 1) // 2
+
+
+def test_more_words_than_tokens_is_no_error(make_places: MakePlaces) -> None:
+    config = PairsConfig(codebook_words=100_000)
+    similarity = build_view_graph(make_places([3, 3]), config, model_tokens=50, seed=0, progress=SilentProgress())[1]
+    assert np.isfinite(similarity).all()
+
+
+def test_mixed_models_are_refused(make_places: MakePlaces) -> None:
+    photos = [*make_places([2]), _encoding(np.ones((4, 9)))]
+    with pytest.raises(ShapeError, match="image 2 has tokens of 9 channels"):
+        build_view_graph(photos, PairsConfig(), model_tokens=100, seed=0, progress=SilentProgress())
