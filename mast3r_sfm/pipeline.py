@@ -10,7 +10,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ from mast3r_sfm.storage.encodings import IMAGES_PER_CHUNK, StoredEncodings, pack
 from mast3r_sfm.types import (
     AlignmentResult,
     Encoding,
+    ImageRecord,
     ImageSet,
     LeftOut,
-    LoadedImage,
     ModelSummary,
     PairMatches,
     Rig,
@@ -217,10 +217,15 @@ class _Run:
         report.key = fingerprint("encode", ENCODE_VERSION, model.fingerprint, size, contents)
         cache = self._cache("encode", report.key)
 
-        def load(record: Any) -> LoadedImage:
-            return load_image(photos.root, record, size)
+        def encode(record: ImageRecord) -> Encoding:
+            return model.encode([load_image(photos.root, record, size)])[0]
 
-        with steps(self.recorder, "encode", len(photos), "image"), ThreadPoolExecutor(2) as pool:
+        # Images side by side, each on one thread, are half again as fast as one image on several threads.
+        with (
+            steps(self.recorder, "encode", len(photos), "image"),
+            _torch_threads(1),
+            ThreadPoolExecutor(self.threads) as pool,
+        ):
             for chunk, start in enumerate(range(0, len(photos), IMAGES_PER_CHUNK)):
                 records = photos.records[start : start + IMAGES_PER_CHUNK]
                 if cache.read(chunk) is not None:
@@ -228,8 +233,8 @@ class _Run:
                     self.recorder.advance(len(records))
                     continue
                 encodings: list[Encoding] = []
-                for loaded in _ahead(pool, load, records):
-                    encodings += model.encode([loaded])
+                for encoding in pool.map(encode, records):
+                    encodings.append(encoding)
                     self.recorder.advance()
                 cache.write(chunk, *pack(encodings))
         report.counts = {"images": len(photos)}
@@ -297,7 +302,7 @@ class _Run:
             seed=self.config.seed,
         )
         models = map_stage.build_models(database, given, settings, self.recorder)
-        report.counts = {"models": len(models), "images": sum(len(model.poses) for model in models)}
+        report.counts = {"models": len(models), "images": sum(len(model.cam_from_world) for model in models)}
         if not models:
             raise ReconstructionError(
                 "the photos' pairs agree, but too few of their points are consistent over several photos; "
@@ -389,19 +394,6 @@ def _why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, 
     if all(match.verdict is Verdict.PURE_ROTATION for match in links):
         return f"was taken from the same point as {min(in_model)}, and sees too little of the model"
     return f"its matches with {len(in_model)} photos of the model contradict the model, or are too few"
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, load: Callable[[Any], LoadedImage], records: Sequence[Any]
-) -> Iterator[LoadedImage]:
-    """Load photos a few ahead of where they are used, in order."""
-    waiting = []
-    for record in records:
-        waiting.append(pool.submit(load, record))
-        if len(waiting) > 3:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
 
 
 @contextmanager

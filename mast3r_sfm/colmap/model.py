@@ -21,7 +21,7 @@ class ColmapModel:
         self._reconstruction = reconstruction
 
     @property
-    def poses(self) -> dict[str, Float64]:
+    def cam_from_world(self) -> dict[str, Float64]:
         """cam_from_world [3, 4] of every registered image, by name, sorted."""
         images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]
         return {image.name: image.cam_from_world().matrix() for image in sorted(images, key=lambda image: image.name)}
@@ -55,7 +55,7 @@ class ColmapModel:
         """
         return ModelSummary(
             path=path,
-            images=tuple(self.poses),
+            images=tuple(self.cam_from_world),
             points=self.num_points,
             observations=int(self._reconstruction.compute_num_observations()),
             mean_track_length=float(self._reconstruction.compute_mean_track_length()),

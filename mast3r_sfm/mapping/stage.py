@@ -71,10 +71,10 @@ def build_models(
             if len(poses) < 2:
                 continue
             model = mapper.build(poses)
-            if len(model.poses) >= 2 and model.num_points >= MIN_POINTS:
-                taken.update(model.poses)
+            if len(model.cam_from_world) >= 2 and model.num_points >= MIN_POINTS:
+                taken.update(model.cam_from_world)
                 models.append(model)
-    return sorted(models, key=lambda model: (-len(model.poses), -model.num_points))
+    return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
 
 
 def photo_scale(scales: Sequence[float]) -> float:

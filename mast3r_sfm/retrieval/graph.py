@@ -62,12 +62,14 @@ def retrieval_graph(similarity: Float32, *, keyframes: int, neighbours: int, sta
     """
     values = _checked(similarity)
     count = len(values)
+    if count < 2:
+        return exhaustive_graph(similarity)
     chosen = farthest_keyframes(similarity, keyframes, start=start)
     others = np.setdiff1d(np.arange(count), chosen)
     first, second = np.triu_indices(len(chosen), k=1)
     among = np.stack([chosen[first], chosen[second]], axis=1)
     to_keyframe = np.stack([others, chosen[values[np.ix_(others, chosen)].argmax(axis=1)]], axis=1)
-    near = _nearest_images(values, min(neighbours, max(count - 1, 0)))
+    near = _nearest_images(values, min(neighbours, count - 1))
     to_near = np.stack([np.repeat(np.arange(count), near.shape[1]), near.ravel()], axis=1)
     sizes = [len(among), len(to_keyframe), len(to_near)]
     reason = np.repeat([Reason.KEYFRAME, Reason.NEAREST, Reason.NEIGHBOUR], sizes)
@@ -79,7 +81,7 @@ def farthest_keyframes(similarity: Float32, count: int, *, start: int | None = N
 
     Args:
         similarity: [N, N]; the rows of picked images are read.
-        count: at least 1; capped at N.
+        count: at least 1; capped at N, which is at least 1.
         start: the first keyframe; by default the image with the largest total similarity to the others, the heart of
             the collection. Of equals, the first is taken, here and later.
 
@@ -87,8 +89,6 @@ def farthest_keyframes(similarity: Float32, count: int, *, start: int | None = N
         [min(count, N)] images in the order they were picked.
     """
     values = _checked(similarity)
-    if not len(values):
-        return np.zeros(0, np.int64)
     if start is None:
         start = int((values.sum(axis=0) + values.sum(axis=1) - 2 * values.diagonal()).argmax())
     chosen = [start]

@@ -26,7 +26,7 @@ def build_view_graph(
     """Decide which pairs of images are to be matched.
 
     Also a collection small enough to be matched exhaustively gets its similarity from ASMK: its codebook is small, so
-    that this costs a hundredth of the matching, and the score of a pair means the same everywhere.
+    that this costs about a hundredth of the matching, and the score of a pair means the same everywhere.
 
     Args:
         encodings: one per image; may read them from disk, each is asked for twice and none is kept.
@@ -77,13 +77,16 @@ def _learn(
     """First look at the images: the whitening of all tokens, about `sample_size` of them, and their number."""
     generator = np.random.default_rng(seed)
     per_image = -(-sample_size // max(len(encodings), 1))
-    moments = TokenMoments(encodings[0].tokens.shape[1] if len(encodings) else 0)
-    sample = [np.zeros((0, moments.channels), np.float16)]
-    for tokens, _, images in _runs(encodings, count, moments.channels, progress):
+    moments = TokenMoments(0)
+    sample = []
+    for tokens, _, images in _runs(encodings, count, progress):
+        if not sample:
+            moments = TokenMoments(tokens.shape[1])
         moments.add(tokens)
         chosen = generator.choice(len(tokens), min(per_image * images, len(tokens)), replace=False)
         sample.append(tokens[np.sort(chosen)])
-    return moments.whitening(), np.concatenate(sample), moments.count
+    learnt_from = np.concatenate(sample) if sample else np.zeros((0, 0), np.float16)
+    return moments.whitening(), learnt_from, moments.count
 
 
 def _features(
@@ -91,7 +94,7 @@ def _features(
 ) -> tuple[BinaryFeatures, BinaryFeatures]:
     """Second look at the images: what each is as an image of the database, and as a query."""
     database, query = [], []
-    for tokens, image, images in _runs(encodings, count, len(whitening.mean), progress):
+    for tokens, image, images in _runs(encodings, count, progress):
         white = whitening.apply(tokens)
         words = codebook.nearest(white, QUERY_WORDS)
         database.append(describe(white, image, words[:, :DATABASE_WORDS], codebook.centroids, images))
@@ -100,12 +103,14 @@ def _features(
 
 
 def _runs(
-    encodings: Sequence[Encoding], count: int, channels: int, progress: Progress
+    encodings: Sequence[Encoding], count: int, progress: Progress
 ) -> Iterator[tuple[NDArray[np.float16], Int32, int]]:
     """The strongest tokens [T, C] of as many consecutive images as fit in hand, [T] the image of each, their number."""
     tokens: list[NDArray[np.float16]] = []
+    channels = None
     for index in range(len(encodings)):
         encoding = encodings[index]
+        channels = channels or encoding.tokens.shape[1]
         if encoding.tokens.shape[1] != channels:
             raise ShapeError(
                 f"image {index} has tokens of {encoding.tokens.shape[1]} channels, the first of {channels}"

@@ -13,7 +13,8 @@ from mast3r_sfm.retrieval.whitening import TokenMoments, Whitening
 
 def _tokens(seed: int, count: int, channels: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    return 5 + generator.standard_normal((count, channels)) @ generator.standard_normal((channels, channels))
+    spread = np.linalg.qr(generator.standard_normal((channels, channels)))[0] * np.linspace(0.5, 2, channels)
+    return 5 + generator.standard_normal((count, channels)) @ spread.T
 
 
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 300), max_size=5))
