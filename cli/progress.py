@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 from tqdm import tqdm
+
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class TerminalProgress:
@@ -23,8 +26,15 @@ class TerminalProgress:
         """Show the bar of a stage, with the time that is left where the number of steps is known."""
         if self._lively:
             self.finish()
+            columns, rows = _terminal_size()
             self._bar = tqdm(
-                total=total or None, desc=f"{stage:<8}", unit=f" {unit}", file=sys.stderr, dynamic_ncols=True
+                total=total or None,
+                desc=f"{stage:<8}",
+                unit=f" {unit}",
+                file=sys.stderr,
+                ncols=columns,
+                nrows=rows,
+                bar_format=_BAR,
             )
 
     def advance(self, steps: int = 1) -> None:
@@ -52,3 +62,12 @@ class TerminalProgress:
             click.echo(line, err=True)
         else:
             self._bar.write(line, file=sys.stderr)
+
+
+def _terminal_size() -> tuple[int, int]:
+    # Containers and serial lines often give a terminal the size 0×0; tqdm would then show empty bars.
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return 80, 24
+    return size.columns or 80, size.lines or 24

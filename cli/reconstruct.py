@@ -72,7 +72,11 @@ class Flags:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, the content of run.json, on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; warnings and errors only.")
 @click.option("--resume/--no-resume", default=True, help="Go on where an earlier run to OUT stopped.  [default: yes]")
-@click.option("--overwrite", is_flag=True, help="Write to OUT even where it holds other files; sparse/ and database.db are replaced.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Write to OUT even where it holds other files; sparse/ and database.db are replaced.",
+)
 def reconstruct(**flags: Any) -> int:
     """Turn the photos in the folder IMAGES into a COLMAP model in the folder OUT.
 

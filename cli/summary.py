@@ -23,8 +23,7 @@ _RESULTS = {
 def summarise(report: RunReport, output: Path) -> str:
     """What came out, what was left out and why, how long it took, and where to look."""
     lines = [
-        f"{report.num_registered} of {report.num_images} images registered in {_count(len(report.models), 'model')} "
-        f"(features: {report.model})"
+        f"{report.num_registered} of {report.num_images} images registered in {_count(len(report.models), 'model')}"
     ]
     lines += [f"  {_model_line(model)}" for model in report.models]
     if report.left_out:

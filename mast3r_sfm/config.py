@@ -109,6 +109,8 @@ class AlignConfig:
     """A connected part with fewer images gets no model."""
     max_rotation_error_deg: float = 8.0
     """A pair whose rotation misses that of the whole by more is dropped."""
+    max_direction_error_deg: float = 20.0
+    """A pair whose baseline points this far away from the whole's is dropped (farther where its rays are parallel)."""
 
     def __post_init__(self) -> None:
         _require(self.min_images >= 2, "align.min_images", self.min_images, "must be at least 2")
@@ -116,6 +118,12 @@ class AlignConfig:
             0 < self.max_rotation_error_deg <= 180,
             "align.max_rotation_error_deg",
             self.max_rotation_error_deg,
+            "must be in (0, 180]",
+        )
+        _require(
+            0 < self.max_direction_error_deg <= 180,
+            "align.max_direction_error_deg",
+            self.max_direction_error_deg,
             "must be in (0, 180]",
         )
 

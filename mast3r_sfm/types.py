@@ -310,6 +310,8 @@ class AlignmentResult:
 
     images: Int32
     """[n] indices of the images placed, ascending."""
+    edges: Int32
+    """[E] numbers of the matches that it rests on; the others of these images contradict it."""
     cam_from_world: Float64
     """[n, 3, 4]."""
     residual_deg: Float64
@@ -321,6 +323,7 @@ class AlignmentResult:
     def __post_init__(self) -> None:
         count = len(self.images)
         _check(self.images, (count,), "AlignmentResult.images")
+        _check(self.edges, (None,), "AlignmentResult.edges")
         _check(self.cam_from_world, (count, 3, 4), "AlignmentResult.cam_from_world")
         _check(self.residual_deg, (count,), "AlignmentResult.residual_deg")
 

@@ -8,13 +8,13 @@ vector between two camera centres, and the centres follow by robust least square
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse
 from scipy.sparse.linalg import splu
 
-from mast3r_sfm.alignment.edges import EdgeSet, components
+from mast3r_sfm.alignment.edges import EdgeSet, components, spanning_tree
 from mast3r_sfm.errors import DivergedError
 from mast3r_sfm.types import Float64, Int32, PairMatches
 
@@ -22,8 +22,8 @@ MIN_SHARED_POINTS = 8
 RATIO_NOISE = 0.02
 """Relative error below which no ratio of depths is trusted further."""
 STEPS = 30
-ROBUST_SCALE = 0.15
-"""Relative error of a baseline at which an edge loses most of its weight."""
+ROBUST_SCALES = (0.6, 0.3, 0.15)
+"""Relative error of a baseline at which an edge loses most of its weight; smaller as the solution gets better."""
 RELIABLE_ANGLE = np.radians(3.0)
 CONVERGED = 1e-7
 
@@ -109,7 +109,7 @@ def _average(count: int, pairs: Int32, difference: Float64, weight: Float64) -> 
 
 def solve_positions(
     edges: EdgeSet, rotations: Float64, scales: Float64, group: Int32, angle: Float64
-) -> tuple[Float64, tuple[float, ...]]:
+) -> tuple[Float64, Float64, tuple[float, ...]]:
     """Camera centres [n, 3] from the edges' vectors, by re-weighted least squares; the mean baseline is 1.
 
     Args:
@@ -120,7 +120,8 @@ def solve_positions(
         angle: [E] median angle in radians between the rays of an edge: small angles fix the direction badly.
 
     Returns:
-        the centres, and the robust loss after each step.
+        the centres, the angle in radians [E] between each edge's vector and the centres' difference, and the robust
+        loss after each step.
 
     Raises:
         DivergedError: the system has no finite solution.
@@ -129,23 +130,35 @@ def solve_positions(
     vectors = -turned * (scales / np.exp(np.mean(np.log(scales))))[:, None]
     length = np.linalg.norm(vectors, axis=1)
     # The error of a baseline grows with its length, so that its square divides the weight.
-    base = np.sqrt(edges.weight) * np.minimum(1.0, angle / RELIABLE_ANGLE) ** 2
+    reliable = edges.weight * np.minimum(1.0, angle / RELIABLE_ANGLE) ** 2
     typical = float(np.median(length))
-    base = base / base.max() / (length**2 + (0.1 * typical) ** 2)
-    robust = np.ones(len(length))
+    base = reliable / reliable.max() / (length**2 + (0.1 * typical) ** 2)
+    centres, stretch = _chain(replace(edges, weight=reliable), vectors), np.ones(int(group.max()) + 1)
     history: list[float] = []
-    for _ in range(STEPS):
-        centres, stretch = _solve_linear(edges, vectors, group, base * robust)
-        miss = centres[edges.pairs[:, 1]] - centres[edges.pairs[:, 0]] - stretch[group][:, None] * vectors
-        relative = np.linalg.norm(miss, axis=1) / (length * stretch[group] + 0.1 * typical)
-        robust = (ROBUST_SCALE**2 / (ROBUST_SCALE**2 + relative**2)) ** 2
-        history.append(float(np.mean(relative**2 / (ROBUST_SCALE**2 + relative**2))))
-        if len(history) > 1 and abs(history[-2] - history[-1]) < CONVERGED:
-            break
+    for scale in ROBUST_SCALES:
+        for step in range(STEPS):
+            miss = centres[edges.pairs[:, 1]] - centres[edges.pairs[:, 0]] - stretch[group][:, None] * vectors
+            relative = np.linalg.norm(miss, axis=1) / (length * stretch[group] + 0.1 * typical)
+            history.append(float(np.average(relative**2 / (scale**2 + relative**2), weights=reliable)))
+            if step and abs(history[-2] - history[-1]) < CONVERGED:
+                break
+            robust = (scale**2 / (scale**2 + relative**2)) ** 2
+            centres, stretch = _solve_linear(edges, vectors, group, base * robust)
     if not np.isfinite(centres).all():
         raise DivergedError("the camera positions did not converge: the pairs' baselines contradict each other")
-    baseline = float(np.linalg.norm(centres[edges.pairs[:, 1]] - centres[edges.pairs[:, 0]], axis=1).mean())
-    return centres / max(baseline, 1e-12), tuple(history)
+    solved = centres[edges.pairs[:, 1]] - centres[edges.pairs[:, 0]]
+    error = np.arctan2(np.linalg.norm(np.cross(solved, vectors), axis=1), (solved * vectors).sum(axis=1))
+    baseline = float(np.linalg.norm(solved, axis=1).mean())
+    return centres / max(baseline, 1e-12), error, tuple(history)
+
+
+def _chain(edges: EdgeSet, vectors: Float64) -> Float64:
+    """Centres [n, 3] along the spanning tree of the most reliable edges: where many edges are wrong, few of its are."""
+    centres = np.zeros((edges.num_images, 3))
+    for parent, child, edge in spanning_tree(edges):
+        forward = edges.pairs[edge, 0] == parent
+        centres[child] = centres[parent] + (vectors[edge] if forward else -vectors[edge])
+    return centres
 
 
 def _solve_linear(

@@ -7,8 +7,6 @@ starts the solution, and iteratively re-weighted least squares over all edges, f
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import scipy.sparse
 from scipy.sparse.linalg import splu
@@ -60,16 +58,15 @@ def average_rotations(edges: EdgeSet) -> tuple[Float64, Float64]:
     """World-to-camera rotations [n, 3, 3] and each edge's disagreement with them [E], in radians.
 
     Args:
-        edges: a connected set.
+        edges: a connected set, weighted by the trust in each.
     """
-    trusted = replace(edges, weight=edges.weight * trust_by_triangles(edges))
     rotations = np.tile(np.eye(3), (edges.num_images, 1, 1))
-    tree = spanning_tree(trusted)
+    tree = spanning_tree(edges)
     for parent, child, edge in tree:
-        forward = trusted.pairs[edge, 0] == parent
+        forward = edges.pairs[edge, 0] == parent
         step = edges.rotation[edge] if forward else edges.rotation[edge].T
         rotations[child] = step @ rotations[parent]
-    strength = np.sqrt(trusted.weight / trusted.weight.max())
+    strength = np.sqrt(edges.weight / edges.weight.max())
     for step_number in range(L1_STEPS + ROBUST_STEPS):
         residual = _residual(edges, rotations)
         size = np.linalg.norm(residual, axis=1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mast3r_sfm.alignment.edges import components, make_edges
-from mast3r_sfm.alignment.positions import average_scales, depth_ratios, solve_positions
-from mast3r_sfm.alignment.rotations import average_rotations
+from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
+from mast3r_sfm.alignment.rotations import average_rotations, trust_by_triangles
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.geometry.rigid import make_pose
 from mast3r_sfm.types import AlignmentResult, Float64, Int32, PairMatches
@@ -19,51 +21,63 @@ CODE_VERSION = 1
 def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) -> list[AlignmentResult]:
     """Align the pairs of every connected part; largest part first.
 
-    Parts are joined by pairs that carry a baseline. Images that only a pure rotation ties to a part are left to be
-    placed against its finished model.
+    Parts are joined by pairs that carry a baseline. Pairs that contradict the whole are dropped, and the rest is
+    aligned anew. Images that only a pure rotation ties to a part are left to be placed against its finished model.
 
     Args:
         matches: all edges of the view graph, verified or not.
         num_images: how many images the indices run over.
         config: thresholds.
     """
-    waiting = [[match for match in matches if match.verdict.has_depth]]
+    usable = np.array([edge for edge, match in enumerate(matches) if match.verdict.has_depth], np.int32)
+    waiting = [usable]
     results: list[AlignmentResult] = []
     while waiting:
-        edges = waiting.pop()
-        pairs = np.array([(match.first, match.second) for match in edges], np.int32).reshape(-1, 2)
+        candidates = waiting.pop()
+        pairs = np.array([(matches[edge].first, matches[edge].second) for edge in candidates], np.int32).reshape(-1, 2)
         for part in components(num_images, pairs):
             if len(part) < config.min_images:
                 continue
-            members = set(part.tolist())
-            mine = [match for match in edges if match.first in members]
-            kept, result = _align_part(mine, part, np.radians(config.max_rotation_error_deg))
+            inside = candidates[np.isin(pairs[:, 0], part)]
+            kept, result = _align_part([matches[edge] for edge in inside], part, config)
             if result is None:
-                waiting.append(kept)
+                waiting.append(inside[kept])
             else:
-                results.append(result)
+                results.append(replace(result, edges=inside))
     return sorted(results, key=lambda result: (-len(result.images), int(result.images[0])))
 
 
 def _align_part(
-    matches: list[PairMatches], images: Int32, max_error: float
-) -> tuple[list[PairMatches], AlignmentResult | None]:
-    """Align one part, or give back the edges that agree with each other where others had to be dropped."""
+    matches: list[PairMatches], images: Int32, config: AlignConfig
+) -> tuple[NDArray[np.bool_], AlignmentResult | None]:
+    """Align one part, or say which of its edges to keep for another try."""
     edges = make_edges(matches, images)
-    rotations, error = average_rotations(edges)
-    if (error > max_error).any():
-        return [match for match, bad in zip(matches, error > max_error, strict=True) if not bad], None
+    edges = replace(edges, weight=edges.weight * trust_by_triangles(edges))
+    rotations, turn_error = average_rotations(edges)
+    good = _best_first(turn_error / np.radians(config.max_rotation_error_deg))
+    if not good.all():
+        return good, None
     scales, group = average_scales(depth_ratios(matches), len(matches))
     angle = np.array([_median_angle(match) for match in matches])
-    centres, history = solve_positions(edges, rotations, scales, group, angle)
-    result = AlignmentResult(
+    centres, shift_error, history = solve_positions(edges, rotations, scales, group, angle)
+    # The smaller the angle between the rays, the less the direction of a baseline is known.
+    allowed = np.radians(config.max_direction_error_deg) * np.maximum(1.0, RELIABLE_ANGLE / np.maximum(angle, 1e-3))
+    good = _best_first(shift_error / allowed)
+    if not good.all():
+        return good, None
+    return good, AlignmentResult(
         images=images,
+        edges=np.arange(len(matches), dtype=np.int32),
         cam_from_world=make_pose(rotations, -(rotations @ centres[:, :, None])[:, :, 0]),
-        residual_deg=_median_per_image(edges.pairs, np.degrees(error), len(images)),
+        residual_deg=_median_per_image(edges.pairs, np.degrees(turn_error), len(images)),
         history=history,
         stop_reason=f"positions settled after {len(history)} steps",
     )
-    return matches, result
+
+
+def _best_first(excess: Float64) -> NDArray[np.bool_]:
+    """Which edges to keep, given their error over what is allowed: the worst go first, since they may be the others' fault."""
+    return excess <= max(1.0, float(excess.max()) / 3)
 
 
 def _median_angle(match: PairMatches) -> float:

@@ -47,12 +47,13 @@ class Mapper:
             poses: cam_from_world [3, 4] by image number (0-based), approximate.
         """
         reconstruction = pycolmap.Reconstruction()
-        mapper = pycolmap.IncrementalMapper(self._cache)
-        mapper.begin_reconstruction(reconstruction)
+        reconstruction.load(self._cache)
         for image, pose in poses.items():
             frame = reconstruction.image(image + 1).frame
             frame.rig_from_world = pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3])
-            mapper.observation_manager.register_frame(frame.frame_id)
+            reconstruction.register_frame(frame.frame_id)
+        mapper = pycolmap.IncrementalMapper(self._cache)
+        mapper.begin_reconstruction(reconstruction)
         triangulation = self._triangulation_options(len(poses))
         self._triangulate_all(mapper, reconstruction, triangulation)
         self._adjust(mapper, triangulation, robust=True)

@@ -43,11 +43,13 @@ def rotation_from_axis_angle(vector: Float64) -> Float64:
     # sin(a)/a and (1 - cos(a))/a², written with sinc so that they stay exact towards the angle 0.
     first = np.sinc(angle / np.pi)
     second = 0.5 * np.sinc(angle / (2 * np.pi)) ** 2
-    return np.eye(3) + first * cross + second * (cross @ cross)
+    rotation: Float64 = np.eye(3) + first * cross + second * (cross @ cross)
+    return rotation
 
 
 def angle_between_rotations(first: Float64, second: Float64) -> Float64:
     """Angle in radians [...] between rotations [..., 3, 3]; exact for small angles too."""
     difference = first - second
     chord = np.linalg.norm(difference, axis=(-2, -1)) / np.sqrt(8.0)
-    return 2 * np.arcsin(np.clip(chord, 0.0, 1.0))
+    angle: Float64 = 2 * np.arcsin(np.clip(chord, 0.0, 1.0))
+    return angle

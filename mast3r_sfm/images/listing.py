@@ -62,7 +62,7 @@ def list_images(root: Path, config: PrepareConfig, progress: Progress) -> ImageS
     records: list[ImageRecord] = []
     inspector = _Inspector(root, config)
     with (
-        steps(progress, "prepare", len(names), "photo"),
+        steps(progress, "prepare", len(names), "image"),
         warnings.catch_warnings(),
         ThreadPoolExecutor(_THREADS) as pool,
     ):

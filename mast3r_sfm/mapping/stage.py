@@ -33,7 +33,7 @@ class MapInput:
 
 def write_matches(path: Path, given: MapInput, camera_model: str) -> None:
     """Write database.db with the shared keypoints and the verified pairs."""
-    verified = [match for match in given.matches if match.verdict.is_link]
+    verified = trusted_matches(given)
     keypoints, indices = share_keypoints(verified, len(given.names))
     content = DatabaseContent(
         names=given.names,
@@ -44,6 +44,19 @@ def write_matches(path: Path, given: MapInput, camera_model: str) -> None:
         indices=indices,
     )
     write_database(path, content)
+
+
+def trusted_matches(given: MapInput) -> list[PairMatches]:
+    """The verified pairs, without those that contradict the alignment of their part."""
+    part_of_image = {int(image): number for number, part in enumerate(given.parts) for image in part.images}
+    agreeing = {int(edge) for part in given.parts for edge in part.edges}
+    trusted = []
+    for edge, match in enumerate(given.matches):
+        part = part_of_image.get(match.first)
+        contradicts = part is not None and part == part_of_image.get(match.second) and edge not in agreeing
+        if match.verdict.is_link and not (match.verdict.has_depth and contradicts):
+            trusted.append(match)
+    return trusted
 
 
 def build_models(

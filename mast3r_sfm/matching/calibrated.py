@@ -8,16 +8,16 @@ import numpy as np
 import poselib
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.geometry.epipolar import rays, rotation_between, triangulate
+from mast3r_sfm.geometry.epipolar import rays, rotation_between, sampson_error, triangulate
 from mast3r_sfm.geometry.similarity import align_similarity_robust
 from mast3r_sfm.matching.check import EpipolarEdge, min_significant_inliers
 from mast3r_sfm.types import Float32, Float64, PairMatches, Verdict
 
-PLANAR_SHARE = 0.8
-"""Share of the inliers on one homography from which a pair counts as planar."""
-ROTATION_SHARE = 0.9
-"""Share of the inliers that a turn about one centre must explain to be called a pure rotation."""
-MAX_ITERATIONS = 1000
+TURN_SHARE = 0.85
+"""A turn about one centre that explains this share of what the best homography explains is called a pure rotation."""
+SAMPLED_MATCHES = 300
+"""The best matches, on which the pose is searched; it is then refined on all of them."""
+MIN_ITERATIONS, MAX_ITERATIONS = 50, 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,12 @@ class View:
     def rays(self, xy: Float64) -> Float64:
         """Unit viewing directions of network pixels."""
         return rays(xy, self.focal_px, self.centre_px)
+
+    @property
+    def intrinsics(self) -> Float64:
+        """[3, 3] in network pixels."""
+        focal, (x, y) = self.focal_px, self.centre_px.tolist()
+        return np.array([[focal, 0.0, x], [0.0, focal, y], [0.0, 0.0, 1.0]])
 
     def poselib_camera(self) -> dict[str, object]:
         """The same intrinsics as poselib takes them."""
@@ -60,10 +66,10 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
         return _without_depth(edge, edge.verdict, np.zeros(0, np.int64), first, second)
     rays_first, rays_second = first.rays(edge.xy_first), second.rays(edge.xy_second)
     focal = (first.focal_px + second.focal_px) / 2
-    if edge.homography_share >= PLANAR_SHARE:
+    if edge.is_flat:
         rotation, error = _turn(rays_first, rays_second)
         turned = error * focal < 1.5 * config.max_epipolar_error_px
-        if turned.mean() >= ROTATION_SHARE:
+        if turned.mean() >= TURN_SHARE * edge.homography_share:
             pose = np.concatenate([rotation, np.zeros((3, 1))], axis=1)
             rotating = _without_depth(edge, Verdict.PURE_ROTATION, np.flatnonzero(turned), first, second)
             return replace(rotating, second_from_first=pose)
@@ -88,7 +94,7 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
         confidence=edge.confidence[keep],
         points_first=points[keep],
         points_second=points_second[keep],
-        verdict=Verdict.PLANAR if edge.homography_share >= PLANAR_SHARE else Verdict.GOOD,
+        verdict=Verdict.PLANAR if edge.is_flat else Verdict.GOOD,
         inlier_ratio=edge.inlier_ratio,
         second_from_first=pose,
     )
@@ -97,17 +103,24 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
 def _relative_pose(
     edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int
 ) -> tuple[Float64, np.ndarray]:  # type: ignore[type-arg]
-    pose, info = poselib.estimate_relative_pose(
-        edge.xy_first,
-        edge.xy_second,
-        first.poselib_camera(),
-        second.poselib_camera(),
-        {"max_epipolar_error": config.max_epipolar_error_px, "max_iterations": MAX_ITERATIONS, "seed": seed},
-    )
+    cameras = first.poselib_camera(), second.poselib_camera()
+    few = slice(SAMPLED_MATCHES)
+    options = {
+        "max_epipolar_error": config.max_epipolar_error_px,
+        "min_iterations": MIN_ITERATIONS,
+        "max_iterations": MAX_ITERATIONS,
+        "seed": seed,
+    }
+    pose, _ = poselib.estimate_relative_pose(edge.xy_first[few], edge.xy_second[few], *cameras, options)
+    loss = {"loss_type": "CAUCHY", "loss_scale": config.max_epipolar_error_px / 2}
+    pose, _ = poselib.refine_relative_pose(edge.xy_first, edge.xy_second, pose, *cameras, loss)
     translation = np.asarray(pose.t, np.float64)
     # A translation of zero length would be a pure rotation, which the caller has ruled out.
     translation = translation / max(float(np.linalg.norm(translation)), 1e-12)
-    return np.concatenate([pose.R, translation[:, None]], axis=1), np.asarray(info["inliers"], bool)
+    essential = np.cross(translation, pose.R, axisb=0, axisc=0)
+    fundamental = np.linalg.inv(second.intrinsics).T @ essential @ np.linalg.inv(first.intrinsics)
+    inliers = sampson_error(fundamental, edge.xy_first, edge.xy_second) < config.max_epipolar_error_px
+    return np.concatenate([pose.R, translation[:, None]], axis=1), inliers
 
 
 def _turn(rays_first: Float64, rays_second: Float64) -> tuple[Float64, Float64]:

@@ -1,13 +1,18 @@
-"""Focal lengths of unknown cameras from the fundamental matrices of the view graph.
+"""Focal lengths of unknown cameras from the two-view geometries of the view graph.
 
-With the right intrinsics, E = K₂ᵀ F K₁ has two equal singular values (Hartley 1992; Mendonça & Cipolla 1999). The
-focal length that makes them most equal over all pairs of a camera is found by exhaustive search, so that no start
-value matters, and robustly, so that single bad pairs do not.
+With the right intrinsics, E = K₂ᵀ F K₁ has two equal singular values (Hartley 1992; Mendonça & Cipolla 1999); and where
+the camera only turned, K₂⁻¹ H K₁ is a rotation, all of whose singular values are equal. The focal length that makes
+them most equal over all pairs of a camera is found by exhaustive search, so that no start value matters, and robustly,
+so that single bad pairs do not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
+from numpy.typing import NDArray
 
 from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.types import Float64, Int32
@@ -19,8 +24,12 @@ PRIOR_WEIGHT = 0.01
 """Pull towards TYPICAL_RATIO, in units of the cost; decides only where the pairs say nothing, as in forward motion."""
 OUTLIER_COST = 0.3
 SWEEPS = 3
-MAX_HOMOGRAPHY_SHARE = 0.7
-"""Above it a pair is (nearly) planar and its fundamental matrix says nothing of the focal length."""
+MIN_GENERAL_SHARE = 0.2
+"""Share of the links that must show depth for fundamental matrices to be believed: those of a plane or a turn are
+arbitrary, and one in thirty of them does not look flat."""
+MAX_TURN_DEFECT = 0.02
+"""Spread of the singular values of K₂⁻¹ H K₁ up to which a turn explains H; measured 0.003 for turns, 0.22 for a
+plane seen from different places."""
 
 
 def estimate_focal_ratios(
@@ -37,39 +46,81 @@ def estimate_focal_ratios(
     Returns:
         [C]: the known ratios, and estimates where the pairs allow one, else TYPICAL_RATIO.
     """
+    links = [edge for edge in edges if edge.verdict.is_link]
+    general = [edge for edge in links if not edge.is_flat]
     ratios = np.where(np.isnan(known), TYPICAL_RATIO, known)
-    usable = [edge for edge in edges if edge.verdict.is_link]
-    general = [edge for edge in usable if edge.homography_share < MAX_HOMOGRAPHY_SHARE]
-    # A turning camera on a tripod gives homographies only, but with any translation E = [t]× K⁻¹ H K they tell the
-    # focal length all the same; a plane does not, and is left to bundle adjustment.
-    usable = general or usable
-    if not usable:
-        return ratios
-    pairs = np.array([(edge.first, edge.second) for edge in usable])
-    cameras = camera_of_image[pairs]  # [P, 2]
-    centred = _centred(np.array([edge.fundamental for edge in usable]), sizes[pairs] / 2)
-    long_side = sizes.max(axis=1)[pairs]  # [P, 2]
-    weight = np.sqrt([len(edge.xy_first) for edge in usable])
-    for _ in range(SWEEPS):
-        for camera in np.flatnonzero(np.isnan(known)):
-            mine = (cameras == camera).any(axis=1)
-            if mine.any():
-                ratios[camera] = _best_ratio(
-                    centred[mine], long_side[mine], cameras[mine] == camera, ratios[cameras[mine]], weight[mine]
-                )
-        if len(ratios) == 1:
-            break
+    if len(general) > MIN_GENERAL_SHARE * len(links):
+        return _search(_Geometry.of(general, "fundamental", camera_of_image, sizes), essential_defect, ratios, known)
+    if links:
+        geometry = _Geometry.of(links, "homography", camera_of_image, sizes)
+        turned = _search(geometry, turn_defect, ratios, known)
+        focal = turned[geometry.cameras] * geometry.long_side
+        if float(np.median(turn_defect(geometry.matrices, focal[:, 0], focal[:, 1]))) < MAX_TURN_DEFECT:
+            return turned
+    # A plane seen from different places tells next to nothing; bundle adjustment has to find out.
     return ratios
 
 
-def _best_ratio(
-    fundamental: Float64, long_side: Float64, is_mine: np.ndarray, ratios: Float64, weight: Float64  # type: ignore[type-arg]
-) -> float:
-    """The candidate of least cost. Shapes: [P, 3, 3], [P, 2], bool [P, 2], [P, 2], [P]."""
+@dataclass(frozen=True, kw_only=True)
+class _Geometry:
+    """P matrices of one kind, for pixels relative to the image centres."""
+
+    matrices: Float64
+    """[P, 3, 3] fundamental matrices or homographies."""
+    cameras: Int32
+    """[P, 2]."""
+    long_side: Float64
+    """[P, 2] in network pixels."""
+    weight: Float64
+    """[P]."""
+
+    @classmethod
+    def of(cls, edges: list[EpipolarEdge], kind: str, camera_of_image: Int32, sizes: Float64) -> _Geometry:
+        """Gather the attribute `kind` of the edges."""
+        pairs = np.array([(edge.first, edge.second) for edge in edges])
+        matrices = np.array([getattr(edge, kind) for edge in edges])
+        shift = np.tile(np.eye(3), (len(pairs), 2, 1, 1))
+        shift[:, :, :2, 2] = sizes[pairs] / 2
+        left = shift[:, 1].transpose(0, 2, 1) if kind == "fundamental" else np.linalg.inv(shift[:, 1])
+        return cls(
+            matrices=left @ matrices @ shift[:, 0],
+            cameras=camera_of_image[pairs],
+            long_side=sizes.max(axis=1)[pairs],
+            weight=np.sqrt([len(edge.xy_first) for edge in edges]),
+        )
+
+    def keep(self, mask: NDArray[np.bool_]) -> _Geometry:
+        """The pairs where `mask` [P] is true."""
+        return _Geometry(
+            matrices=self.matrices[mask],
+            cameras=self.cameras[mask],
+            long_side=self.long_side[mask],
+            weight=self.weight[mask],
+        )
+
+
+Defect = Callable[[Float64, Float64, Float64], Float64]
+
+
+def _search(geometry: _Geometry, defect: Defect, ratios: Float64, known: Float64) -> Float64:
+    """Ratios [C]: one unknown camera after the other, the rest held, until nothing changes much."""
+    ratios = ratios.copy()
+    unknown = np.flatnonzero(np.isnan(known))
+    for _ in range(SWEEPS if len(ratios) > 1 else 1):
+        for camera in unknown:
+            mine = (geometry.cameras == camera).any(axis=1)
+            if mine.any():
+                ratios[camera] = _best_ratio(geometry.keep(mine), defect, int(camera), ratios)
+    return ratios
+
+
+def _best_ratio(geometry: _Geometry, defect: Defect, camera: int, ratios: Float64) -> float:
+    """The candidate of least cost for one camera."""
     candidates = CANDIDATES[:, None, None]
-    focal = np.where(is_mine, candidates, ratios) * long_side  # [candidates, P, 2]
-    cost = np.minimum(essential_defect(fundamental, focal[..., 0], focal[..., 1]), OUTLIER_COST)
-    total = (cost * weight).sum(axis=1) / weight.sum() + PRIOR_WEIGHT * np.log(CANDIDATES / TYPICAL_RATIO) ** 2
+    focal = np.where(geometry.cameras == camera, candidates, ratios[geometry.cameras]) * geometry.long_side
+    cost = np.minimum(defect(geometry.matrices, focal[..., 0], focal[..., 1]), OUTLIER_COST)  # [candidates, P]
+    prior = PRIOR_WEIGHT * np.log(CANDIDATES / TYPICAL_RATIO) ** 2
+    total = (cost * geometry.weight).sum(axis=1) / geometry.weight.sum() + prior
     best = int(total.argmin())
     if not 0 < best < len(CANDIDATES) - 1:
         return float(CANDIDATES[best])
@@ -94,9 +145,11 @@ def essential_defect(fundamental: Float64, focal_first: Float64, focal_second: F
     return defect
 
 
-def _centred(fundamental: Float64, centres: Float64) -> Float64:
-    """F [P, 3, 3] for pixels relative to the image centres [P, 2, 2] of both views."""
-    shift = np.tile(np.eye(3), (len(centres), 2, 1, 1))
-    shift[:, :, :2, 2] = centres
-    centred: Float64 = shift[:, 1].transpose(0, 2, 1) @ fundamental @ shift[:, 0]
-    return centred
+
+def turn_defect(homography: Float64, focal_first: Float64, focal_second: Float64) -> Float64:
+    """(σ₁ − σ₃) / (σ₁ + σ₃) of K₂⁻¹ H K₁, 0 where the camera only turned; shapes as in `essential_defect`."""
+    first = np.stack([focal_first, focal_first, np.ones_like(focal_first)], axis=-1)[..., None, :]
+    second = np.stack([focal_second, focal_second, np.ones_like(focal_second)], axis=-1)[..., :, None]
+    values = np.linalg.svd(homography * first / second, compute_uv=False)
+    defect: Float64 = (values[..., 0] - values[..., 2]) / np.maximum(values[..., 0] + values[..., 2], 1e-300)
+    return defect

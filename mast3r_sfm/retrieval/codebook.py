@@ -10,7 +10,7 @@ import numpy as np
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.types import Float32, Int32
 
-# Measured on 308 photos of 18 places (benchmarks/retrieval_purity.py): more rounds, more points or more words change
+# Measured on 308 photos of 17 places (benchmarks/retrieval_purity.py): more rounds, more points or more words change
 # the order of the nearest images by less than another seed does, and cost up to ten times the time.
 _ITERATIONS = 3
 _POINTS_PER_WORD = 16

@@ -78,7 +78,7 @@ def _learn(
     generator = np.random.default_rng(seed)
     per_image = -(-sample_size // max(len(encodings), 1))
     moments = TokenMoments(0)
-    sample = []
+    sample: list[NDArray[np.float16]] = []
     for tokens, _, images in _runs(encodings, count, progress):
         if not sample:
             moments = TokenMoments(tokens.shape[1])

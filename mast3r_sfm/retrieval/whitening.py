@@ -39,9 +39,9 @@ class Whitening:
         """Whiten tokens [T, C] to [T, D]; neither side is scaled to unit length."""
         if tokens.ndim != 2 or tokens.shape[1] != len(self.mean):
             raise ShapeError(f"tokens have shape {tokens.shape}, expected [*, {len(self.mean)}]")
-        # Subtracting first keeps float32 precise where the mean is large against the spread.
-        centred = tokens.astype(np.float32) - self.mean.astype(np.float32)
-        return centred @ self.projection.astype(np.float32)
+        # In double precision: the last bits of a float32 product depend on the number of threads, and a bit that
+        # flips changes the words, and so the pairs.
+        return ((tokens.astype(np.float64) - self.mean) @ self.projection).astype(np.float32)
 
 
 class TokenMoments:

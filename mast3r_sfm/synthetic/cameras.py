@@ -43,7 +43,8 @@ class PosedCamera:
     def rays(self, xy: Float64) -> Float64:
         """Directions [M, 3] in the camera frame, with z = 1, of pixels [M, 2]."""
         homogeneous = np.concatenate([xy, np.ones((len(xy), 1))], axis=-1)
-        return homogeneous @ np.linalg.inv(self.intrinsics).T
+        directions: Float64 = homogeneous @ np.linalg.inv(self.intrinsics).T
+        return directions
 
     def project(self, points: Float64) -> tuple[Float64, Float64]:
         """World points [..., 3] to pixels [..., 2] and depths z [...]. Points behind get meaningless pixels."""
@@ -55,7 +56,7 @@ class PosedCamera:
 
 
 def look_at(position: Float64, target: Float64, roll: float = 0.0) -> Float64:
-    """Pose [3, 4] cam_from_world at a position [3], looking at a target [3], turned by `roll` radians about its axis."""
+    """Pose [3, 4] cam_from_world at a position [3], looking at a target [3], rolled by `roll` radians."""
     forward = (target - position) / np.linalg.norm(target - position)
     right = np.cross(np.array([0.0, 1.0, 0.0]), forward)
     right /= np.linalg.norm(right)
@@ -113,13 +114,13 @@ def _path(kind: Kind, number: int) -> tuple[Float64, Float64]:
         positions = np.stack([-1.9 * np.sin(angle), -0.25 + 0.2 * wave, -1.5 * np.cos(angle) + 0.1], axis=-1)
         return positions, np.stack([1.3 * np.sin(angle), 0.2 + level, 1.9 * np.cos(angle)], axis=-1)
     if kind in ("facade", "plane"):
-        height = -0.3 + 0.45 * wave
-        positions = np.stack([3.6 * along, height, -4.6 + 0.9 * np.abs(along) + 0.2 * wave], axis=-1)
-        return positions, np.stack([1.3 * along, -0.3 + level, level], axis=-1)
+        height = -0.2 + 0.45 * wave
+        positions = np.stack([3.6 * along, height, -5.4 + 0.9 * np.abs(along) + 0.2 * wave], axis=-1)
+        return positions, np.stack([1.3 * along, -0.45 + level, level], axis=-1)
     if kind == "object":
         angle = np.arange(number) * min(np.radians(20.0), 2 * np.pi / number)
         positions = np.stack([2.9 * np.sin(angle), -1.1 + 0.25 * wave, -2.9 * np.cos(angle)], axis=-1)
         return positions, np.stack([level, 0.3 + level, level], axis=-1)
-    angle = np.radians(50.0) * along
+    angle = np.radians(38.0) * along
     positions = np.tile([0.0, -0.1, -0.6], (number, 1))
     return positions, positions + np.stack([np.sin(angle), 0.12 * wave, np.cos(angle)], axis=-1) * 3.0

@@ -41,7 +41,7 @@ class View:
         return self.camera.cam_from_world
 
     @property
-    def K(self) -> Float64:  # noqa: N802 (the field's word for the matrix)
+    def K(self) -> Float64:
         """[3, 3] intrinsics in COLMAP's pixels."""
         return self.camera.intrinsics
 
@@ -72,15 +72,13 @@ def render(scene: Scene, camera: PosedCamera, *, samples: int = 2) -> View:
     depth = np.concatenate([_depths(scene, camera, part) for part in _parts(xy)])
     local = camera.rays(xy) * depth[:, None]
     points = (local - camera.cam_from_world[:, 3]) @ camera.cam_from_world[:, :3]
-    colour = np.zeros((len(xy), 3))
     steps = (np.arange(samples) + 0.5) / samples - 0.5
-    for dx in steps:
-        for dy in steps:
-            shifted = xy + np.array([dx, dy])
-            colour += np.concatenate([_colours(scene, camera, part, samples) for part in _parts(shifted)])
+    offsets = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+    fine = (xy[:, None] + offsets).reshape(-1, 2)
+    colour = np.concatenate([_colours(scene, camera, part, samples) for part in _parts(fine)])
     size = (camera.height_px, camera.width_px)
     return View(
-        image=_to_srgb(colour / samples**2).reshape(*size, 3),
+        image=_to_srgb(colour.reshape(-1, samples**2, 3).mean(axis=1)).reshape(*size, 3),
         depth=depth.reshape(size),
         points_world=points.reshape(*size, 3),
         camera=camera,
@@ -130,7 +128,8 @@ def _colours(scene: Scene, camera: PosedCamera, xy: Float64, samples: int) -> Fl
     towards = np.array(scene.light) - points
     towards /= np.linalg.norm(towards, axis=-1, keepdims=True)
     lambert = np.clip(np.einsum("ki,ki->k", normal, towards), 0.0, 1.0) * scene.is_lit(points)
-    return colour * (scene.ambient + (1 - scene.ambient) * lambert)[:, None]
+    shaded: Float64 = colour * (scene.ambient + (1 - scene.ambient) * lambert)[:, None]
+    return shaded
 
 
 def _to_srgb(linear: Float64) -> NDArray[np.uint8]:

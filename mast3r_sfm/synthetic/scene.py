@@ -52,9 +52,10 @@ class Box:
         return bool((np.abs((point - np.array(self.centre)) @ self._axes().T) < np.array(self.half_size)).all())
 
     def distances(self, origin: Float64, directions: Float64) -> Float64:
-        """[K] distance along the rays (origins [K, 3] or [3], directions [K, 3]); infinite where they miss."""
+        """[K] distance along the rays from [3] with directions [K, 3]; infinite where they miss."""
         near, far = self._slabs(origin, directions)
-        enter, leave = near.max(axis=-1), far.min(axis=-1)
+        enter = np.maximum(np.maximum(near[0], near[1]), near[2])
+        leave = np.minimum(np.minimum(far[0], far[1]), far[2])
         reached = leave if self.hollow else enter
         return np.where((enter <= leave) & (reached > 1e-9), reached, np.inf)
 
@@ -62,8 +63,8 @@ class Box:
         """Intersect rays that are known to hit, with normals and surface coordinates."""
         axes = self._axes()
         near, far = self._slabs(origin, directions)
-        axis = far.argmin(axis=-1) if self.hollow else near.argmax(axis=-1)
-        distance = far.min(axis=-1) if self.hollow else near.max(axis=-1)
+        axis = far.argmin(axis=0) if self.hollow else near.argmax(axis=0)
+        distance = far.min(axis=0) if self.hollow else near.max(axis=0)
         local = (origin + distance[:, None] * directions - np.array(self.centre)) @ axes.T
         rows = np.arange(len(directions))
         side = np.sign(local[rows, axis])
@@ -80,13 +81,13 @@ class Box:
         return np.array([[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]])
 
     def _slabs(self, origin: Float64, directions: Float64) -> tuple[Float64, Float64]:
-        """Distances [K, 3] at which the rays enter and leave each pair of parallel faces."""
+        """Distances [3, K] at which the rays enter and leave each pair of parallel faces."""
         axes = self._axes()
-        start = (origin - np.array(self.centre)) @ axes.T
-        step = directions @ axes.T
+        start = axes @ (origin - np.array(self.centre))
+        step = axes @ directions.T
         # A ray parallel to a face gets a tiny slope instead of a division by zero.
-        step = np.where(np.abs(step) < 1e-12, 1e-12, step)
-        middle, reach = -start / step, np.array(self.half_size) / np.abs(step)
+        inverse = 1 / np.where(np.abs(step) < 1e-12, 1e-12, step)
+        middle, reach = -start[:, None] * inverse, np.array(self.half_size)[:, None] * np.abs(inverse)
         return middle - reach, middle + reach
 
 
@@ -145,20 +146,38 @@ class Scene:
         return (self.enclosure, *self.bodies)
 
     def nearest(self, origin: Float64, directions: Float64) -> tuple[Float64, NDArray[np.int64]]:
-        """First surface on each ray: [K] distance in lengths of its direction, [K] index into `surfaces`."""
+        """First surface on each ray from one point.
+
+        Args:
+            origin: [3].
+            directions: [K, 3].
+
+        Returns:
+            [K] distance in lengths of the ray's direction; [K] index into `surfaces`.
+        """
         best = self.enclosure.distances(origin, directions)
         index = np.zeros(len(directions), dtype=np.int64)
+        towards = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
         for number, body in enumerate(self.bodies, start=1):
-            distance = body.distances(origin, directions)
-            closer = distance < best
-            best[closer], index[closer] = distance[closer], number
+            rays = _rays_near(body, origin, towards)
+            distance = body.distances(origin, directions[rays])
+            closer = distance < best[rays]
+            best[rays[closer]], index[rays[closer]] = distance[closer], number
         return best, index
 
     def is_lit(self, points: Float64) -> NDArray[np.bool_]:
         """[K] whether the light reaches points [K, 3] of surfaces."""
-        directions = np.array(self.light) - points
-        lit = np.ones(len(points), dtype=bool)
-        for body in self.bodies:
-            distance = body.distances(points, directions)
-            lit &= ~((distance > 1e-4) & (distance < 1.0))
+        light = np.array(self.light)
+        # The rounding of a point that lies on a surface must not shade it: a ten-thousandth is given away.
+        lit: NDArray[np.bool_] = self.nearest(light, points - light)[0] > 1 - 1e-4
         return lit
+
+
+def _rays_near(body: Box | Sphere, origin: Float64, towards: Float64) -> NDArray[np.int64]:
+    """Indices of the rays (unit directions [K, 3]) that pass through the sphere around a body."""
+    radius = body.radius if isinstance(body, Sphere) else float(np.linalg.norm(body.half_size))
+    offset = np.array(body.centre) - origin
+    distance = float(np.linalg.norm(offset))
+    if distance <= radius:
+        return np.arange(len(towards))
+    return np.flatnonzero(towards @ (offset / distance) >= np.sqrt(1 - (radius / distance) ** 2) - 1e-9)

@@ -38,7 +38,9 @@ class _Workshop:
     def number(self, low: float, high: float) -> float:
         return float(self._rng.uniform(low, high))
 
-    def material(self, colour: Vector, pattern: Pattern = "plain", contrast: float = 0.9, marks: float = 0.3) -> Material:
+    def material(
+        self, colour: Vector, pattern: Pattern = "plain", contrast: float = 0.9, marks: float = 0.3
+    ) -> Material:
         self._next += 1000
         return Material(seed=self._next, colour=colour, pattern=pattern, contrast=contrast, marks=marks)
 

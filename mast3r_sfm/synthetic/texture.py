@@ -54,8 +54,8 @@ def surface_colour(material: Material, uv: Float32, face: UInt32, footprint: Flo
     seed = (face + np.uint32(1)) * np.uint32(0x01000193) + np.uint32(material.seed)
     tone = _noise_octaves(uv, seed, footprint)
     tint = np.stack([_value_noise(uv / np.float32(1.3), seed + np.uint32(90 + c)) for c in range(3)], axis=-1)
-    base = np.asarray(material.colour, dtype=np.float32) * (1 + np.float32(0.3 * material.contrast) * tint)
-    colour = base * np.exp2(np.float32(material.contrast) * tone)[:, None]
+    base = np.asarray(material.colour, dtype=np.float32) * (1 + np.float32(0.16 * material.contrast) * tint)
+    colour: Float32 = base * np.exp2(np.float32(material.contrast) * tone)[:, None]
     if material.pattern != "plain":
         colour = _lay_units(colour, material.pattern, uv, seed, footprint)
     for layer, size in enumerate(_MARK_SIZES if material.marks > 0 else ()):
@@ -74,7 +74,8 @@ def _hash(x: NDArray[np.int32], y: NDArray[np.int32], seed: UInt32) -> UInt32:
 
 def _unit(bits: UInt32) -> Float32:
     """Bits as numbers in [0, 1)."""
-    return (bits >> np.uint32(8)).astype(np.float32) / np.float32(1 << 24)
+    number: Float32 = (bits >> np.uint32(8)).astype(np.float32) / np.float32(1 << 24)
+    return number
 
 
 def _draw(cell: NDArray[np.int32], seed: UInt32, salt: int) -> Float32:
@@ -96,7 +97,8 @@ def _value_noise(uv: Float32, seed: UInt32) -> Float32:
 
 def _fade(size: float, footprint: Float32) -> Float32:
     """Weight of structure of a size: 1 where pixels are much finer, 0 where they cannot resolve it."""
-    return np.clip(size / (2 * footprint) - 1, 0, 1).astype(np.float32)
+    weight: Float32 = np.clip(size / (2 * footprint) - 1, 0, 1).astype(np.float32)
+    return weight
 
 
 def _noise_octaves(uv: Float32, seed: UInt32, footprint: Float32) -> Float32:
@@ -124,15 +126,16 @@ def _lay_units(colour: Float32, pattern: Pattern, uv: Float32, seed: UInt32, foo
         np.minimum(uv[:, 0] / width + shift - column, column + 1 - uv[:, 0] / width - shift) * width,
         np.minimum(uv[:, 1] / height - row, row + 1 - uv[:, 1] / height) * height,
     )
-    joint = np.float32(0.006 if pattern == "planks" else 0.01)
-    cover = np.clip((inside - joint) / footprint + 0.5, 0, 1)[:, None] * _fade(4 * float(joint), footprint / 4)[:, None]
-    flat = 1 - _fade(4 * float(joint), footprint / 4)[:, None]
-    return colour * ((cover + flat) * tone[:, None] + (1 - cover - flat) * np.float32(0.55))
+    joint = 0.006 if pattern == "planks" else 0.01
+    # Where a joint is far thinner than a pixel, it is left out.
+    sharp = _fade(16 * joint, footprint)
+    cover = 1 - sharp * (1 - np.clip((inside - joint) / footprint + 0.5, 0, 1))
+    shade = cover * tone + (1 - cover) * np.float32(0.55)
+    laid: Float32 = colour * shade[:, None]
+    return laid
 
 
-def _add_marks(
-    colour: Float32, share: float, uv: Float32, seed: UInt32, size: float, footprint: Float32
-) -> Float32:
+def _add_marks(colour: Float32, share: float, uv: Float32, seed: UInt32, size: float, footprint: Float32) -> Float32:
     """Paint at most one mark into each cell of a rotated grid, wholly inside its cell."""
     # A fixed turn per layer keeps the grids of the layers from lining up with the body or with each other.
     angle = 0.4 + 7.3 * size
@@ -175,4 +178,4 @@ def _distance_inside(x: Float32, y: Float32, cell: NDArray[np.int32], seed: UInt
     inked = _unit(_hash(column, row, _hash(cell[:, 0], cell[:, 1], seed))) < 0.6
     sign = np.where(in_sign & inked, np.float32(0.3), np.float32(-0.3))
     kind = (4 * _draw(cell, seed, 15)).astype(np.int32)
-    return np.choose(kind, [blob, bar, ring, sign]).astype(np.float32)
+    return np.choose(kind, [blob, bar, np.maximum(ring, 0.3 - np.hypot(x, y)), sign]).astype(np.float32)

@@ -46,7 +46,7 @@ def test_photos_of_all_subfolders_are_listed_by_sorted_posix_name(tmp_path: Path
     assert images.names == ("a.jpeg", "b/c/d.tiff", "b/z.JPG", "b/Änderung 1.png", "photo one.webp", "z.bmp")
     assert images.left_out == ()
     assert recorder.warnings == []
-    assert recorder.stages == [("prepare", 6, "photo")]
+    assert recorder.stages == [("prepare", 6, "image")]
     assert (recorder.advanced, recorder.finished) == (6, 1)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -124,6 +127,41 @@ def test_the_same_input_gives_the_same_result() -> None:
     np.testing.assert_array_equal(first[1], again[1])
     np.testing.assert_array_equal(first[0].pairs, again[0].pairs)
     assert (other[1] != first[1]).any()
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    script = """
+import hashlib, numpy as np
+from mast3r_sfm.config import PairsConfig
+from mast3r_sfm.progress import SilentProgress
+from mast3r_sfm.retrieval import build_view_graph
+from mast3r_sfm.types import Encoding, PixelTransform
+
+generator = np.random.default_rng(0)
+photos = [
+    Encoding(
+        tokens=generator.standard_normal((1000, 64)).astype(np.float16),
+        xy=np.zeros((1000, 2), np.float32),
+        attention=np.ones(1000, np.float32),
+        transform=PixelTransform(matrix=np.eye(2, 3)),
+        network_size=(64, 64),
+    )
+    for _ in range(20)
+]
+similarity = build_view_graph(photos, PairsConfig(), model_tokens=1000, seed=0, progress=SilentProgress())[1]
+print(hashlib.sha256(similarity.tobytes()).hexdigest())
+"""
+    results = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2")
+    }
+    assert len(results) == 1
 
 
 def test_many_runs_of_images_give_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
