@@ -47,6 +47,13 @@ class ColmapModel:
         """Number of 3D points."""
         return int(self._reconstruction.num_points3D())
 
+    @property
+    def observed_share(self) -> float:
+        """Share of the registered images' keypoints that have a 3D point."""
+        images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]
+        keypoints = sum(image.num_points2D() for image in images)
+        return float(self._reconstruction.compute_num_observations()) / max(keypoints, 1)
+
     def summary(self, path: str) -> ModelSummary:
         """Counts and means, for reports.
 

@@ -18,6 +18,11 @@ from mast3r_sfm.types import AlignmentResult, PairMatches, Rig
 CODE_VERSION = 1
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
+MIN_OBSERVED_SHARE = 0.1
+"""Share of its images' matched keypoints that a model must explain. Good models explain 0.4 to 0.9, points made of the
+noise of a camera that only turned 0.01."""
+DOUBTFUL_SHARE = 0.3
+"""Below this share a model is kept, and said to be doubtful."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +89,16 @@ def build_models(
             if len(poses) < 2:
                 continue
             model = mapper.build(poses)
-            if len(model.cam_from_world) >= 2 and model.num_points >= MIN_POINTS:
-                taken.update(model.cam_from_world)
-                models.append(model)
+            share = model.observed_share
+            if len(model.cam_from_world) < 2 or model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
+                continue
+            taken.update(model.cam_from_world)
+            models.append(model)
+            if share < DOUBTFUL_SHARE:
+                progress.warn(
+                    f"the model of {min(model.cam_from_world)} and {len(model.cam_from_world) - 1} more photos explains "
+                    f"only {share:.0%} of their matches; its poses may be wrong"
+                )
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
 
 

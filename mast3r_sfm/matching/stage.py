@@ -13,6 +13,7 @@ from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
 from mast3r_sfm.matching.focal import estimate_focal_ratios
 from mast3r_sfm.matching.putative import match_dense, match_keypoints
+from mast3r_sfm.matching.turns import settle_turns
 from mast3r_sfm.models.base import DenseModel, PairModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import Arrays, StageCache
@@ -75,12 +76,10 @@ class Matcher:
         for image in {index for edge in edges for index in (edge.first, edge.second)}:
             views[image] = _view(self.encodings[image], rig.cameras[rig.camera_of_image[image]])
         with ThreadPoolExecutor(self.threads) as pool:
-            return list(
-                pool.map(
-                    lambda edge: calibrate_pair(edge, views[edge.first], views[edge.second], self.config, self.seed),
-                    edges,
-                )
+            judged = pool.map(
+                lambda edge: calibrate_pair(edge, views[edge.first], views[edge.second], self.config, self.seed), edges
             )
+            return settle_turns(list(judged), len(rig.camera_of_image))
 
     def estimate_rig(self, edges: Sequence[EpipolarEdge], records: Sequence[ImageRecord]) -> Rig:
         """One camera per group of photos: focal length from EXIF, else from the edges; centred, without distortion."""
