@@ -1,0 +1,157 @@
+"""Random points in front of pinhole cameras, with exact correspondences: truth for the stages after the models.
+
+    from tests.exact import ring
+
+    scene = ring(8)                     # eight cameras around a cloud of points
+    scene.matches(0, 1)                 # the verified pair that a perfect matcher would find
+    scene.putative(0, 1, outliers=0.3)  # the same before any check, best first by confidence
+
+Nothing occludes anything: a camera sees every point that falls into its image. Pixels are network pixels; `photo_scale`
+photo pixels make one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mast3r_sfm.geometry.rigid import (
+    camera_centre,
+    compose_poses,
+    invert_pose,
+    make_pose,
+    rotation_from_axis_angle,
+    transform_points,
+)
+from mast3r_sfm.matching.check import Putative
+from mast3r_sfm.synthetic.cameras import look_at
+from mast3r_sfm.types import Camera, Float64, PairMatches, Rig, Verdict
+
+WIDTH_PX, HEIGHT_PX = 640, 480
+CENTRE_PX = np.array([WIDTH_PX / 2, HEIGHT_PX / 2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """World points [K, 3] and the cameras [N, 3, 4] that look at them, all of one focal length."""
+
+    points: Float64
+    poses: Float64
+    focal_px: float = 600.0
+
+    def project(self, image: int) -> Float64:
+        """[K, 2] network pixels of all points."""
+        local = transform_points(self.poses[image], self.points)
+        return self.focal_px * local[:, :2] / local[:, 2:] + CENTRE_PX
+
+    def sees(self, image: int) -> NDArray[np.bool_]:
+        """[K] points in front of the camera and inside its image."""
+        xy = self.project(image)
+        in_front = transform_points(self.poses[image], self.points)[:, 2] > 0.1
+        return in_front & (xy >= 0).all(axis=1) & (xy <= [WIDTH_PX, HEIGHT_PX]).all(axis=1)
+
+    def second_from_first(self, first: int, second: int) -> Float64:
+        """[3, 4] true relative pose."""
+        return compose_poses(self.poses[second], invert_pose(self.poses[first]))
+
+    def putative(
+        self, first: int, second: int, *, outliers: float = 0.0, noise_px: float = 0.0, seed: int = 0
+    ) -> tuple[Putative, NDArray[np.bool_]]:
+        """Matches before any check, in random order, and which of them are true."""
+        rng = np.random.default_rng([seed, first, second])
+        seen = np.flatnonzero(self.sees(first) & self.sees(second))
+        one, two = self.project(first)[seen], self.project(second)[seen]
+        one, two = one + noise_px * rng.normal(size=one.shape), two + noise_px * rng.normal(size=two.shape)
+        wrong = round(len(seen) * outliers / (1 - outliers))
+        xy_first = np.concatenate([one, random_pixels(rng, wrong)])
+        xy_second = np.concatenate([two, random_pixels(rng, wrong)])
+        is_true = np.arange(len(xy_first)) < len(seen)
+        order = rng.permutation(len(xy_first))
+        confidence = rng.uniform(0.8, 1.0, len(xy_first)).astype(np.float32)
+        putative = Putative(xy_first=xy_first[order], xy_second=xy_second[order], confidence=confidence)
+        return putative, is_true[order]
+
+    def matches(self, first: int, second: int, *, scale: float = 1.0, photo_scale: float = 1.0) -> PairMatches:
+        """The pair as a perfect check would judge it, in a scale of its own."""
+        seen = np.flatnonzero(self.sees(first) & self.sees(second))
+        pose = self.second_from_first(first, second)
+        return PairMatches(
+            first=first,
+            second=second,
+            xy_first=photo_scale * self.project(first)[seen],
+            xy_second=photo_scale * self.project(second)[seen],
+            confidence=np.ones(len(seen), np.float32),
+            points_first=scale * transform_points(self.poses[first], self.points[seen]),
+            points_second=scale * transform_points(self.poses[second], self.points[seen]),
+            verdict=Verdict.GOOD,
+            inlier_ratio=0.9,
+            second_from_first=make_pose(pose[:, :3], scale * pose[:, 3]),
+        )
+
+    def rig(self, *, photo_scale: float = 1.0, focal_factor: float = 1.0) -> Rig:
+        """One shared camera whose focal length is off by a factor."""
+        params = photo_scale * np.array([focal_factor * self.focal_px, *CENTRE_PX])
+        size = round(photo_scale * WIDTH_PX), round(photo_scale * HEIGHT_PX)
+        camera = Camera(model="SIMPLE_PINHOLE", width_px=size[0], height_px=size[1], params=params)
+        return Rig(cameras=(camera,), camera_of_image=np.zeros(len(self.poses), np.int32))
+
+
+def random_pixels(rng: np.random.Generator, count: int) -> Float64:
+    """[count, 2] anywhere in the image."""
+    return rng.uniform([0, 0], [WIDTH_PX, HEIGHT_PX], (count, 2))
+
+
+def ring(number: int, *, points: int = 300, seed: int = 0, turn_deg: float = 360.0, radius: float = 5.0) -> Scene:
+    """Cameras on an uneven circle, or on a part of it, around a cloud of points."""
+    rng = np.random.default_rng([seed, 17])
+    cloud = rng.uniform(-1.2, 1.2, (points, 3))
+    angles = np.radians(turn_deg) * (np.arange(number) + rng.uniform(-0.2, 0.2, number)) / number
+    height = rng.uniform(-0.8, 0.8, number)
+    places = np.stack([radius * np.sin(angles), height, -radius * np.cos(angles)], axis=1)
+    return Scene(points=cloud, poses=np.stack([look_at(place, rng.normal(0, 0.2, 3)) for place in places]))
+
+
+def turning(number: int, *, points: int = 2000, seed: int = 0, step_deg: float = 8.0) -> Scene:
+    """Cameras in one point that turn: no depth."""
+    rng = np.random.default_rng([seed, 18])
+    directions = rng.normal(size=(points, 3))
+    cloud = directions / np.linalg.norm(directions, axis=1, keepdims=True) * rng.uniform(2, 9, (points, 1))
+    place = rng.normal(size=3)
+    angles = np.radians(step_deg) * np.arange(number)
+    targets = place + np.stack([np.sin(angles), rng.uniform(-0.05, 0.05, number), np.cos(angles)], axis=1)
+    return Scene(points=cloud + place, poses=np.stack([look_at(place, target) for target in targets]))
+
+
+def wall(number: int, *, points: int = 300, seed: int = 0) -> Scene:
+    """Cameras on an arc in front of one plane."""
+    scene = ring(number, points=points, seed=seed, turn_deg=60.0)
+    return replace(scene, points=2 * scene.points * np.array([1.0, 1.0, 0.0]))
+
+
+def street(number: int, *, points: int = 1500, seed: int = 0) -> Scene:
+    """Cameras that move straight forward between points on both sides."""
+    rng = np.random.default_rng([seed, 19])
+    cloud = rng.uniform([-6, -4, 2], [6, 2, 40], (points, 3))
+    places = np.stack([np.zeros(number), np.zeros(number), 0.8 * np.arange(number)], axis=1)
+    return Scene(points=cloud, poses=np.stack([look_at(place, place + [0.0, 0.0, 1.0]) for place in places]))
+
+
+def turned_wrong(match: PairMatches, rng: np.random.Generator) -> PairMatches:
+    """The same pair with a nonsense pose that its points agree with."""
+    axis = rng.normal(size=3)
+    turn = rotation_from_axis_angle(axis / np.linalg.norm(axis) * rng.uniform(0.6, 3.0))
+    pose = make_pose(turn @ match.second_from_first[:, :3], rng.normal(size=3) * 3)
+    return replace(match, second_from_first=pose)
+
+
+def poses_by_name(images: Sequence[int] | NDArray[np.int32], poses: Float64) -> dict[str, Float64]:
+    """Poses as the evaluation takes them."""
+    return {f"{int(image):04d}.jpg": pose for image, pose in zip(images, poses, strict=True)}
+
+
+def centres(poses: Float64) -> Float64:
+    """[N, 3]."""
+    return camera_centre(poses)
