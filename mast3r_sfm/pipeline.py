@@ -37,7 +37,6 @@ from mast3r_sfm.retrieval.stage import build_view_graph
 from mast3r_sfm.storage.cache import StageCache, write_json
 from mast3r_sfm.storage.encodings import IMAGES_PER_CHUNK, StoredEncodings, pack
 from mast3r_sfm.types import (
-    AlignmentResult,
     Encoding,
     ImageRecord,
     ImageSet,
@@ -407,9 +406,8 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 def _usable_cpus() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _peak_memory_mb() -> float:

@@ -20,6 +20,8 @@ from mast3r_sfm.errors import ShapeError
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
 
 
 def _check(array: NDArray[np.generic], shape: tuple[int | None, ...], name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
 
-from mast3r_sfm.types import Float64, Int32, PairMatches
+from mast3r_sfm.types import Bool, Float64, Int32, PairMatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class EdgeSet:
     weight: Float64
     """[E] evidence for the edge, in matches."""
 
-    def keep(self, mask: np.ndarray) -> EdgeSet:  # type: ignore[type-arg]
+    def keep(self, mask: Bool) -> EdgeSet:
         """The edges where `mask` [E] is true."""
         return EdgeSet(
             num_images=self.num_images,

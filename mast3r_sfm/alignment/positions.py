@@ -1,8 +1,8 @@
 """Scales of the edges and positions of the cameras, once all rotations are known.
 
 Every pair has its own scale. Where two edges share an image, the points that both see from it have two depths, whose
-ratio is the ratio of the scales; averaging these ratios over the whole graph gives all scales. Each edge is then a known
-vector between two camera centres, and the centres follow by robust least squares over all edges, not only a tree.
+ratio is the ratio of the scales; averaging these ratios over the whole graph gives all scales. Each edge is then a
+known vector between two camera centres, and the centres follow by robust least squares over all edges, not only a tree.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def average_scales(ratios: Ratios, num_edges: int) -> tuple[Float64, Int32]:
         group[part] = number
         inside = np.isin(ratios.edges[:, 0], part)
         if len(part) > 1:
-            local = np.searchsorted(part, ratios.edges[inside])
+            local = np.searchsorted(part, ratios.edges[inside]).astype(np.int32)
             log_scale[part] = _average(len(part), local, ratios.log_ratio[inside], ratios.weight[inside])
     return np.exp(log_scale), group
 
@@ -161,9 +161,7 @@ def _chain(edges: EdgeSet, vectors: Float64) -> Float64:
     return centres
 
 
-def _solve_linear(
-    edges: EdgeSet, vectors: Float64, group: Int32, weight: Float64
-) -> tuple[Float64, Float64]:
+def _solve_linear(edges: EdgeSet, vectors: Float64, group: Int32, weight: Float64) -> tuple[Float64, Float64]:
     """Centres [n, 3] with the first at 0, and the stretch of every group [G] with the first at 1."""
     count, groups = edges.num_images, int(group.max()) + 1
     weight = np.maximum(weight, 1e-9 * float(weight.max()))

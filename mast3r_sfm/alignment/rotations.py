@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from mast3r_sfm.alignment.edges import EdgeSet, spanning_tree
 from mast3r_sfm.geometry.rigid import angle_between_rotations
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Float64, Int64
 
 MAX_TRIANGLE_ERROR = np.radians(5.0)
 UNTESTED_TRUST = 0.3
@@ -35,11 +35,11 @@ def trust_by_triangles(edges: EdgeSet) -> Float64:
         for side in sides.T:
             np.add.at(total, side, 1.0)
             np.add.at(agree, side, closes.astype(np.float64))
-    # One good triangle is strong evidence, since chance rarely closes one; many bad ones may all be another edge's fault.
+    # One good triangle is strong evidence, since chance rarely closes one; bad ones may all be another edge's fault.
     return np.where(total == 0, UNTESTED_TRUST, (agree + 0.02) / (0.5 * agree + 0.5 * total + 0.02))
 
 
-def _triangles(edges: EdgeSet) -> np.ndarray:  # type: ignore[type-arg]
+def _triangles(edges: EdgeSet) -> Int64:
     """[T, 3] edge numbers (i-j, j-k, i-k) of all triangles i < j < k."""
     count = edges.num_images
     number = scipy.sparse.csr_array(

@@ -1,4 +1,4 @@
-"""The align stage: one frame per connected part of the verified view graph, and a pose in it for every image it holds."""
+"""The align stage: one frame per connected part of the verified view graph, and a pose in it for every image."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mast3r_sfm.alignment.edges import components, make_edges
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
 from mast3r_sfm.alignment.rotations import average_rotations, trust_by_triangles
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.geometry.rigid import make_pose
-from mast3r_sfm.types import AlignmentResult, Float64, Int32, PairMatches
+from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches
 
 CODE_VERSION = 1
 
@@ -47,9 +46,7 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
     return sorted(results, key=lambda result: (-len(result.images), int(result.images[0])))
 
 
-def _align_part(
-    matches: list[PairMatches], images: Int32, config: AlignConfig
-) -> tuple[NDArray[np.bool_], AlignmentResult | None]:
+def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) -> tuple[Bool, AlignmentResult | None]:
     """Align one part, or say which of its edges to keep for another try."""
     edges = make_edges(matches, images)
     edges = replace(edges, weight=edges.weight * trust_by_triangles(edges))
@@ -75,9 +72,9 @@ def _align_part(
     )
 
 
-def _best_first(excess: Float64) -> NDArray[np.bool_]:
-    """Which edges to keep, given their error over what is allowed: the worst go first, since they may be the others' fault."""
-    return excess <= max(1.0, float(excess.max()) / 3)
+def _best_first(excess: Float64) -> Bool:
+    """Which edges to keep, by error over what is allowed: the worst go first, since the others may be their fault."""
+    return np.asarray(excess <= max(1.0, float(excess.max()) / 3), np.bool_)
 
 
 def _median_angle(match: PairMatches) -> float:

@@ -49,7 +49,7 @@ class Mapper:
         reconstruction = pycolmap.Reconstruction()
         reconstruction.load(self._cache)
         for image, pose in poses.items():
-            frame = reconstruction.image(image + 1).frame
+            frame = reconstruction.frame(reconstruction.image(image + 1).frame_id)
             frame.rig_from_world = pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3])
             reconstruction.register_frame(frame.frame_id)
         mapper = pycolmap.IncrementalMapper(self._cache)
@@ -57,7 +57,7 @@ class Mapper:
         triangulation = self._triangulation_options(len(poses))
         self._triangulate_all(mapper, reconstruction, triangulation)
         self._adjust(mapper, triangulation, robust=True)
-        while self._register_more(mapper, reconstruction, triangulation):
+        while self._register_more(mapper, triangulation):
             self._adjust(mapper, triangulation, robust=True)
         mapper.end_reconstruction(False)
         return ColmapModel(reconstruction)
@@ -84,10 +84,7 @@ class Mapper:
         mapper.filter_frames(self._options)
 
     def _register_more(
-        self,
-        mapper: pycolmap.IncrementalMapper,
-        reconstruction: pycolmap.Reconstruction,
-        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> int:
         """Try the images that see enough of the model's points; returns how many were registered."""
         added = 0

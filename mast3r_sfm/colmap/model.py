@@ -23,24 +23,12 @@ class ColmapModel:
     @property
     def cam_from_world(self) -> dict[str, Float64]:
         """cam_from_world [3, 4] of every registered image, by name, sorted."""
-        images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]
-        return {image.name: image.cam_from_world().matrix() for image in sorted(images, key=lambda image: image.name)}
+        return {image.name: image.cam_from_world().matrix() for image in self._registered()}
 
     @property
     def cameras(self) -> dict[str, Camera]:
         """Intrinsics of every registered image, by name."""
-        found = {}
-        for number in self._reconstruction.reg_image_ids():
-            image = self._reconstruction.image(number)
-            camera = image.camera
-            found[image.name] = Camera(
-                model=camera.model.name,
-                width_px=camera.width,
-                height_px=camera.height,
-                params=np.array(camera.params),
-                focal_is_known=camera.has_prior_focal_length,
-            )
-        return dict(sorted(found.items()))
+        return {image.name: _camera(self._reconstruction.camera(image.camera_id)) for image in self._registered()}
 
     @property
     def num_points(self) -> int:
@@ -50,9 +38,12 @@ class ColmapModel:
     @property
     def observed_share(self) -> float:
         """Share of the registered images' keypoints that have a 3D point."""
-        images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]
-        keypoints = sum(image.num_points2D() for image in images)
+        keypoints = sum(image.num_points2D() for image in self._registered())
         return float(self._reconstruction.compute_num_observations()) / max(keypoints, 1)
+
+    def _registered(self) -> list[pycolmap.Image]:
+        images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]
+        return sorted(images, key=lambda image: image.name)
 
     def summary(self, path: str) -> ModelSummary:
         """Counts and means, for reports.
@@ -85,6 +76,16 @@ class ColmapModel:
     def write_ply(self, path: Path) -> None:
         """Write the coloured points as a PLY file."""
         self._reconstruction.export_PLY(str(path))
+
+
+def _camera(camera: pycolmap.Camera) -> Camera:
+    return Camera(
+        model=camera.model.name,
+        width_px=camera.width,
+        height_px=camera.height,
+        params=np.array(camera.params),
+        focal_is_known=camera.has_prior_focal_length,
+    )
 
 
 def read_model(folder: Path) -> ColmapModel:

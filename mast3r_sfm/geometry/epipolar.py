@@ -19,13 +19,15 @@ def sampson_error(fundamental: Float64, first: Float64, second: Float64) -> Floa
     line_first = homogeneous(second) @ fundamental
     value = np.abs((homogeneous(second) * line_second).sum(axis=1))
     slope = (line_second[:, :2] ** 2).sum(axis=1) + (line_first[:, :2] ** 2).sum(axis=1)
-    return value / np.sqrt(np.maximum(slope, 1e-300))
+    error: Float64 = value / np.sqrt(np.maximum(slope, 1e-300))
+    return error
 
 
 def rays(xy: Float64, focal_px: float, centre_px: Float64) -> Float64:
     """Unit viewing directions [M, 3] in the camera frame of pixels [M, 2] of a pinhole camera."""
     directions = homogeneous((xy - centre_px) / focal_px)
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    unit: Float64 = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    return unit
 
 
 def rotation_between(first: Float64, second: Float64) -> Float64:

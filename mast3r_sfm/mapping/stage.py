@@ -64,9 +64,7 @@ def trusted_matches(given: MapInput) -> list[PairMatches]:
     return trusted
 
 
-def build_models(
-    database: Path, given: MapInput, settings: MapperSettings, progress: Progress
-) -> list[ColmapModel]:
+def build_models(database: Path, given: MapInput, settings: MapperSettings, progress: Progress) -> list[ColmapModel]:
     """One model per aligned part, largest first; an image stands in one model only.
 
     Args:
@@ -95,9 +93,10 @@ def build_models(
             taken.update(model.cam_from_world)
             models.append(model)
             if share < DOUBTFUL_SHARE:
+                others = len(model.cam_from_world) - 1
                 progress.warn(
-                    f"the model of {min(model.cam_from_world)} and {len(model.cam_from_world) - 1} more photos explains "
-                    f"only {share:.0%} of their matches; its poses may be wrong"
+                    f"the model of {min(model.cam_from_world)} and {others} more photos explains only {share:.0%} of "
+                    "their matches; its poses may be wrong"
                 )
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
 

@@ -11,7 +11,7 @@ from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import rays, rotation_between, sampson_error, triangulate
 from mast3r_sfm.geometry.similarity import align_similarity_robust
 from mast3r_sfm.matching.check import EpipolarEdge, min_significant_inliers
-from mast3r_sfm.types import Float32, Float64, PairMatches, Verdict
+from mast3r_sfm.types import Bool, Float32, Float64, Int64, PairMatches, Verdict
 
 TURN_SHARE = 0.85
 """A turn about one centre that explains this share of what the best homography explains is called a pure rotation."""
@@ -102,7 +102,7 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
 
 def _relative_pose(
     edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int
-) -> tuple[Float64, np.ndarray]:  # type: ignore[type-arg]
+) -> tuple[Float64, Bool]:
     cameras = first.poselib_camera(), second.poselib_camera()
     few = slice(SAMPLED_MATCHES)
     options = {
@@ -133,9 +133,7 @@ def _turn(rays_first: Float64, rays_second: Float64) -> tuple[Float64, Float64]:
     return rotation, error
 
 
-def _without_depth(
-    edge: EpipolarEdge, verdict: Verdict, keep: np.ndarray, first: View, second: View  # type: ignore[type-arg]
-) -> PairMatches:
+def _without_depth(edge: EpipolarEdge, verdict: Verdict, keep: Int64, first: View, second: View) -> PairMatches:
     none: Float64 = np.zeros((0, 3))
     confidence: Float32 = edge.confidence[keep]
     return PairMatches(

@@ -12,7 +12,7 @@ import numpy as np
 import poselib
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.types import Float32, Float64, Verdict
+from mast3r_sfm.types import Bool, Float32, Float64, Int64, Verdict
 
 MAX_ITERATIONS = 3000
 MIN_ITERATIONS = 100
@@ -68,7 +68,7 @@ class Putative:
     points_first: Float64 | None = None
     points_second: Float64 | None = None
 
-    def subset(self, index: np.ndarray) -> Putative:  # type: ignore[type-arg]
+    def subset(self, index: Int64 | Bool) -> Putative:
         """The matches that `index` (integers or a mask) picks, in its order."""
         return Putative(
             xy_first=self.xy_first[index],

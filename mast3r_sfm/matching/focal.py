@@ -32,9 +32,7 @@ MAX_TURN_DEFECT = 0.02
 plane seen from different places."""
 
 
-def estimate_focal_ratios(
-    edges: list[EpipolarEdge], camera_of_image: Int32, sizes: Float64, known: Float64
-) -> Float64:
+def estimate_focal_ratios(edges: list[EpipolarEdge], camera_of_image: Int32, sizes: Float64, known: Float64) -> Float64:
     """Focal length of each camera, over the long side of its image.
 
     Args:
@@ -143,7 +141,6 @@ def essential_defect(fundamental: Float64, focal_first: Float64, focal_second: F
     values = np.linalg.svd(fundamental * first * second, compute_uv=False)
     defect: Float64 = (values[..., 0] - values[..., 1]) / np.maximum(values[..., 0] + values[..., 1], 1e-300)
     return defect
-
 
 
 def turn_defect(homography: Float64, focal_first: Float64, focal_second: Float64) -> Float64:

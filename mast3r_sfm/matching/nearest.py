@@ -47,9 +47,7 @@ def mutual_nearest(first: torch.Tensor, second: torch.Tensor, min_similarity: fl
     return pairs[kept], best[rows].float().cpu().numpy()[kept]
 
 
-def mutual_nearest_plain(
-    first: NDArray[np.float32], second: NDArray[np.float32], min_similarity: float
-) -> Matches:
+def mutual_nearest_plain(first: NDArray[np.float32], second: NDArray[np.float32], min_similarity: float) -> Matches:
     """What `mutual_nearest` computes, one row after the other; for tests."""
     pairs, similarities = [], []
     taken: set[int] = set()

@@ -10,7 +10,7 @@ from mast3r_sfm.geometry.similarity import align_similarity_robust
 from mast3r_sfm.matching.check import Putative
 from mast3r_sfm.matching.nearest import ROWS_PER_BLOCK, mutual_nearest
 from mast3r_sfm.models.base import DenseModel
-from mast3r_sfm.types import Encoding, Float64, PairPrediction
+from mast3r_sfm.types import Encoding, Float64, Int64, PairPrediction
 
 MAX_SEEDS = 4096
 MIN_MATCHES = 8
@@ -50,9 +50,8 @@ def match_dense(model: DenseModel, first: Encoding, second: Encoding) -> Putativ
     rows_first, rows_second = _reciprocal(forward)
     # The second order sees the pair swapped.
     swapped_second, swapped_first = _reciprocal(backward)
-    pairs = np.unique(
-        np.stack([np.concatenate([rows_first, swapped_first]), np.concatenate([rows_second, swapped_second])], 1), axis=0
-    )
+    both = np.concatenate([rows_first, swapped_first]), np.concatenate([rows_second, swapped_second])
+    pairs = np.unique(np.stack(both, axis=1), axis=0)
     index_first, index_second = torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])
     quality = torch.sqrt(
         _flat(forward.descriptor_confidence[0])[index_first] * _flat(forward.descriptor_confidence[1])[index_second]
@@ -80,13 +79,13 @@ def _points(prediction: PairPrediction, view: int, index: torch.Tensor) -> Float
     return points
 
 
-def _grid_xy(index: np.ndarray, width: int, encoding: Encoding) -> Float64:  # type: ignore[type-arg]
-    upright = np.stack([index % width, index // width], axis=1) + 0.5
+def _grid_xy(index: Int64, width: int, encoding: Encoding) -> Float64:
+    upright = np.stack([index % width, index // width], axis=1).astype(np.float64) + 0.5
     return encoding.transform.to_photo(upright) / encoding.transform.scale
 
 
 @torch.inference_mode()
-def _reciprocal(prediction: PairPrediction) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _reciprocal(prediction: PairPrediction) -> tuple[Int64, Int64]:
     """Flat pixel indices of matches: grid pixels of the first view that come back to themselves, and the other way."""
     first, second = _flat(prediction.descriptors[0]), _flat(prediction.descriptors[1])
     height, width = prediction.descriptors.shape[1:3]

@@ -114,9 +114,7 @@ def _view(encoding: Encoding, camera: Camera) -> View:
     return View(focal_px=float(camera.params[0]) / scale, centre_px=camera.params[1:3] / scale, scale=scale)
 
 
-def _ordered(
-    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], EpipolarEdge]]
-) -> Iterator[EpipolarEdge]:
+def _ordered(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], EpipolarEdge]]) -> Iterator[EpipolarEdge]:
     """Results in the order of the tasks, with no more tasks made than the pool can soon work on."""
     ahead = 4
     waiting = []

@@ -29,7 +29,7 @@ class HardPairMatcher:
 
         self._device = device
         self._network = LightGlue(
-            None,
+            None,  # type: ignore[arg-type]  # annotated as str, documented to take None: no weights of kornia's own
             input_dim=INPUT,
             descriptor_dim=WIDTH,
             n_layers=LAYERS,

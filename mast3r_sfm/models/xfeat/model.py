@@ -140,6 +140,7 @@ def _sub_pixel(peaks: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
     window = padded[rows[:, None, None] + steps[:, None], columns[:, None, None] + steps]  # [T, side, side]
     offsets = (steps - PEAK_RADIUS).float()
     mass = window.sum(dim=(1, 2))
-    return torch.stack([(window.sum(dim=1) * offsets).sum(dim=1), (window.sum(dim=2) * offsets).sum(dim=1)], 1) / (
-        mass[:, None]
+    return (
+        torch.stack([(window.sum(dim=1) * offsets).sum(dim=1), (window.sum(dim=2) * offsets).sum(dim=1)], 1)
+        / (mass[:, None])
     )
