@@ -95,6 +95,10 @@ def reconstruct(
             run.execute()
     except Mast3rSfmError as error:
         run.error = str(error)
+        if isinstance(error, ReconstructionError):
+            # What an earlier run left there is no result of these photos and settings.
+            write_models([], output / "sparse")
+            (output / "points.ply").unlink(missing_ok=True)
         if run.image_set is not None:
             run.write_report(time.monotonic() - started)
         raise

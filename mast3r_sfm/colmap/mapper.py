@@ -65,7 +65,7 @@ class Mapper:
             self._adjust(mapper, triangulation)
         self._settle_principal_points(mapper, reconstruction, triangulation)
         mapper.end_reconstruction(False)
-        for number in undistorted:
+        for number in sorted(set(undistorted).intersection(reconstruction.cameras)):
             _change_model(reconstruction.camera(number), self._settings.config.camera_model)
         return ColmapModel(reconstruction)
 
@@ -83,7 +83,7 @@ class Mapper:
         if not refined:
             return
         for number, params in refined.items():
-            reconstruction.camera(number).params = params
+            reconstruction.camera(number).params = params.tolist()
         held = _mapper_options(self._settings)
         held.constant_cameras = used - set(refined)
         mapper.iterative_global_refinement(1, MAX_CHANGE, held, options, triangulation, True)
@@ -161,7 +161,7 @@ def _change_model(camera: pycolmap.Camera, model: str) -> None:
         camera.camera_id, model, camera.mean_focal_length(), camera.width, camera.height
     )
     changed.principal_point_x, changed.principal_point_y = camera.principal_point_x, camera.principal_point_y
-    camera.model, camera.params = changed.model, changed.params
+    camera.model, camera.params = changed.model, changed.params.tolist()
 
 
 def _mapper_options(settings: MapperSettings) -> pycolmap.IncrementalMapperOptions:

@@ -37,6 +37,7 @@ def off_centre_cameras(
         refined parameters of those cameras, by camera id.
     """
     trial = pycolmap.Reconstruction(reconstruction)
+    trial.tear_down()  # without the images that are not registered, whose poses the covariance would ask for
     config = pycolmap.BundleAdjustmentConfig()
     for image in sorted(trial.reg_image_ids()):
         config.add_image(image)

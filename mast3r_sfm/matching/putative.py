@@ -20,8 +20,8 @@ def match_keypoints(first: Encoding, second: Encoding, config: MatchConfig) -> P
     """Mutual nearest neighbours among the keypoints of two images."""
     pairs, similarity = mutual_nearest(_descriptors(first), _descriptors(second), config.min_similarity)
     return Putative(
-        xy_first=_network_xy(first)[pairs[:, 0]],
-        xy_second=_network_xy(second)[pairs[:, 1]],
+        xy_first=network_xy(first)[pairs[:, 0]],
+        xy_second=network_xy(second)[pairs[:, 1]],
         confidence=similarity,
     )
 
@@ -30,7 +30,7 @@ def _descriptors(encoding: Encoding) -> torch.Tensor:
     return torch.from_numpy(encoding.tokens.astype(np.float32))
 
 
-def _network_xy(encoding: Encoding) -> Float64:
+def network_xy(encoding: Encoding) -> Float64:
     """Stored photo pixels scaled to the network's size, so that one camera's pixels keep one frame.
 
     Unlike `transform.to_network`, EXIF orientation is not applied: intrinsics belong to the stored pixels.

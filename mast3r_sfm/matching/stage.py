@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -12,9 +13,10 @@ from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
 from mast3r_sfm.matching.focal import estimate_focal_ratios
+from mast3r_sfm.matching.hard import match_hard_pair, settle_hanging_pairs
 from mast3r_sfm.matching.putative import match_dense, match_keypoints
 from mast3r_sfm.matching.turns import settle_turns
-from mast3r_sfm.models.base import DenseModel, PairModel
+from mast3r_sfm.models.base import DenseModel, KeypointModel, PairModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches, Rig, Verdict, ViewGraph
@@ -56,7 +58,26 @@ class Matcher:
                     progress.advance()
                 cache.write(chunk, _pack(done))
                 edges += done
+            if isinstance(self.model, KeypointModel):
+                stored = cache.read(chunks := -(-len(graph.pairs) // PAIRS_PER_CHUNK))
+                if stored is not None:
+                    return _unpack(stored[0]), resumed + 1
+                edges = self._settle_hanging(edges, graph.num_images, self.model, pool)
+                cache.write(chunks, _pack(edges))
         return edges, resumed
+
+    def _settle_hanging(
+        self, edges: list[EpipolarEdge], num_images: int, model: KeypointModel, pool: ThreadPoolExecutor
+    ) -> list[EpipolarEdge]:
+        reading = Lock()
+
+        def rematch(number: int) -> EpipolarEdge:
+            pair = edges[number].first, edges[number].second
+            with reading:
+                views = self.encodings[pair[0]], self.encodings[pair[1]]
+            return match_hard_pair(model, pair, views, self.config, self.seed)
+
+        return settle_hanging_pairs(edges, num_images, rematch, pool)
 
     def _tasks(self, pairs: list[tuple[int, int]]) -> Iterator[Callable[[], EpipolarEdge]]:
         for pair in pairs:
@@ -110,7 +131,7 @@ class Matcher:
 
 def _view(encoding: Encoding, camera: Camera) -> View:
     scale = encoding.transform.scale
-    # Stored photo pixels, scaled: see putative._network_xy.
+    # Stored photo pixels, scaled: see putative.network_xy.
     return View(focal_px=float(camera.params[0]) / scale, centre_px=camera.params[1:3] / scale, scale=scale)
 
 

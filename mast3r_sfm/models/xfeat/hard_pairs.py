@@ -16,6 +16,8 @@ from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.types import Encoding
 
 MIN_CONFIDENCE = 0.1
+MAX_KEYPOINTS = 2048
+"""Attention costs the square of their number: half a second a pair on two cores, against eight for twice as many."""
 # The architecture that the weights were trained for.
 LAYERS, HEADS, WIDTH, INPUT = 6, 1, 96, 64
 
@@ -39,19 +41,19 @@ class HardPairMatcher:
             filter_threshold=MIN_CONFIDENCE,
         )
         try:
+            # Not strict: the file also carries bookkeeping of the training.
             stored = torch.load(path, map_location="cpu", weights_only=True)
-            missing, unexpected = self._network.load_state_dict(_renamed(stored), strict=False)
+            missing, _ = self._network.load_state_dict(_renamed(stored), strict=False)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{path} does not hold LighterGlue's weights: {error}") from error
         learned = {name for name, _ in self._network.named_parameters()}
         if absent := learned.intersection(missing):
             raise WeightsError(f"{path} lacks {len(absent)} of LighterGlue's weights, such as {min(absent)}")
         self._network.to(device).eval()
-        del unexpected  # the file also carries the training's own bookkeeping
 
     @torch.inference_mode()
     def match(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Indices [M, 2] of matched tokens and their confidence [M] in (0, 1]."""
+        """Indices [M, 2] of matched tokens and their confidence [M] in (0, 1]; the strongest keypoints only."""
         if min(len(first.tokens), len(second.tokens)) == 0:
             return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
         result = self._network({"image0": self._input(first), "image1": self._input(second)})
@@ -60,11 +62,11 @@ class HardPairMatcher:
 
     def _input(self, encoding: Encoding) -> dict[str, torch.Tensor]:
         # Upright network pixels: the transformer learned on upright photos.
-        xy = encoding.transform.to_network(encoding.xy.astype(np.float64))
+        xy = encoding.transform.to_network(encoding.xy[:MAX_KEYPOINTS].astype(np.float64))
         size = np.array(encoding.network_size)
         return {
             "keypoints": torch.from_numpy(np.clip(xy, 0, size).astype(np.float32))[None].to(self._device),
-            "descriptors": torch.from_numpy(encoding.tokens.astype(np.float32))[None].to(self._device),
+            "descriptors": torch.from_numpy(encoding.tokens[:MAX_KEYPOINTS].astype(np.float32))[None].to(self._device),
             "image_size": torch.from_numpy(size.astype(np.float32))[None].to(self._device),
         }
 

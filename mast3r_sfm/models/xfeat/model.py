@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class XFeatModel:
         self._device = device
         self._network = _load_network(path).to(device)
         self._hard_pairs: HardPairMatcher | None = None
+        self._loading = Lock()
 
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
         """Detect and describe the keypoints of each image."""
@@ -56,8 +58,9 @@ class XFeatModel:
 
     def match_hard(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Match a pair with LighterGlue, which sees all keypoints of both images together."""
-        if self._hard_pairs is None:
-            self._hard_pairs = HardPairMatcher(weights_path("xfeat-lighterglue.pt"), self._device)
+        with self._loading:
+            if self._hard_pairs is None:
+                self._hard_pairs = HardPairMatcher(weights_path("xfeat-lighterglue.pt"), self._device)
         return self._hard_pairs.match(first, second)
 
     @torch.inference_mode()

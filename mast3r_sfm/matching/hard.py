@@ -1,0 +1,104 @@
+"""The pairs on which the connection of a collection hangs, matched again with all that the model has.
+
+Nearest neighbours find a few dozen "inliers" between any two photos, so that a thin link between two well connected
+parts may be a true wide baseline as well as chance. The model's slow matcher tells: on photos of different places it
+finds next to nothing, on wide baselines often several times as much. It is asked only where the answer decides which
+parts belong together, and links that it does not confirm are not believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+
+import numpy as np
+import scipy.sparse
+from scipy.sparse.csgraph import connected_components
+
+from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
+from mast3r_sfm.matching.putative import network_xy
+from mast3r_sfm.models.base import KeypointModel
+from mast3r_sfm.types import Bool, Encoding, Int64, Verdict
+
+STRONG_EVIDENCE = 40.0
+"""Inliers times the square of their share above which nearest neighbours are believed; chance reaches about 5, repeated
+structure 15."""
+MAX_ROUNDS = 8
+FRUITLESS_ROUNDS = 3
+"""Rounds without a confirmed link after which the parts are taken to be separate."""
+
+Rematch = Callable[[int], EpipolarEdge]
+
+
+def match_hard_pair(
+    model: KeypointModel, pair: tuple[int, int], views: tuple[Encoding, Encoding], config: MatchConfig, seed: int
+) -> EpipolarEdge:
+    """Match and check one pair with the model's slow matcher."""
+    first, second = views
+    index, confidence = model.match_hard(first, second)
+    putative = Putative(
+        xy_first=network_xy(first)[index[:, 0]], xy_second=network_xy(second)[index[:, 1]], confidence=confidence
+    )
+    return check_pair(pair, putative, config, seed)
+
+
+def settle_hanging_pairs(
+    edges: Sequence[EpipolarEdge], num_images: int, rematch: Rematch, pool: Executor
+) -> list[EpipolarEdge]:
+    """Rematch pairs between parts that are not strongly connected, until they are joined or found to be separate.
+
+    Args:
+        edges: all checked pairs.
+        num_images: how many images the indices run over.
+        rematch: gives the edge of that number anew, by the slow matcher.
+        pool: where it runs.
+
+    Returns:
+        the edges in the same order: rematched ones replaced, and thin links that nothing confirms judged WEAK.
+    """
+    settled = list(edges)
+    tried = np.zeros(len(edges), bool)
+    strong = np.array([_evidence(edge) >= STRONG_EVIDENCE for edge in edges], bool)
+    fruitless = 0
+    for _ in range(MAX_ROUNDS):
+        part = _parts(settled, strong, num_images)
+        chosen = _most_promising(settled, part, tried)
+        if not chosen or fruitless == FRUITLESS_ROUNDS:
+            break
+        confirmed = False
+        for number, edge in zip(chosen, pool.map(rematch, chosen), strict=True):
+            settled[number], tried[number] = edge, True
+            strong[number] = edge.verdict.is_link
+            confirmed |= bool(strong[number])
+        fruitless = 0 if confirmed else fruitless + 1
+    part = _parts(settled, strong, num_images)
+    return [
+        replace(edge, verdict=Verdict.WEAK) if edge.verdict.is_link and part[edge.first] != part[edge.second] else edge
+        for edge in settled
+    ]
+
+
+def _evidence(edge: EpipolarEdge) -> float:
+    return len(edge.xy_first) * edge.inlier_ratio**2 if edge.verdict.is_link else 0.0
+
+
+def _parts(edges: Sequence[EpipolarEdge], strong: Bool, num_images: int) -> Int64:
+    """The part [N] of each image, of those that strong edges connect."""
+    pairs = np.array([(edge.first, edge.second) for edge in edges], np.int64).reshape(-1, 2)[strong]
+    graph = scipy.sparse.coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(num_images,) * 2)
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def _most_promising(edges: Sequence[EpipolarEdge], part: Int64, tried: Bool) -> list[int]:
+    """For every part, the untried pair with another part that has most inliers; ascending, each once."""
+    best: dict[int, int] = {}
+    for number, edge in enumerate(edges):
+        ends = int(part[edge.first]), int(part[edge.second])
+        if ends[0] == ends[1] or tried[number]:
+            continue
+        for end in ends:
+            if end not in best or len(edge.xy_first) > len(edges[best[end]].xy_first):
+                best[end] = number
+    return sorted(set(best.values()))
