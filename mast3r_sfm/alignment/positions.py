@@ -25,6 +25,7 @@ STEPS = 30
 ROBUST_SCALES = (0.6, 0.3, 0.15)
 """Relative error of a baseline at which an edge loses most of its weight; smaller as the solution gets better."""
 RELIABLE_ANGLE = np.radians(3.0)
+L1_FLOOR = 1e-3
 CONVERGED = 1e-7
 
 
@@ -129,21 +130,21 @@ def solve_positions(
     turned = np.einsum("eji,ej->ei", rotations[edges.pairs[:, 1]], edges.translation)
     vectors = -turned * (scales / np.exp(np.mean(np.log(scales))))[:, None]
     length = np.linalg.norm(vectors, axis=1)
-    # The error of a baseline grows with its length, so that its square divides the weight.
     reliable = edges.weight * np.minimum(1.0, angle / RELIABLE_ANGLE) ** 2
-    typical = float(np.median(length))
-    base = reliable / reliable.max() / (length**2 + (0.1 * typical) ** 2)
-    centres, stretch = _chain(replace(edges, weight=reliable), vectors), np.ones(int(group.max()) + 1)
-    history: list[float] = []
-    for scale in ROBUST_SCALES:
-        for step in range(STEPS):
-            miss = centres[edges.pairs[:, 1]] - centres[edges.pairs[:, 0]] - stretch[group][:, None] * vectors
-            relative = np.linalg.norm(miss, axis=1) / (length * stretch[group] + 0.1 * typical)
-            history.append(float(np.average(relative**2 / (scale**2 + relative**2), weights=reliable)))
-            if step and abs(history[-2] - history[-1]) < CONVERGED:
-                break
-            robust = (scale**2 / (scale**2 + relative**2)) ** 2
-            centres, stretch = _solve_linear(edges, vectors, group, base * robust)
+    problem = _Problem(
+        edges=replace(edges, weight=reliable),
+        vectors=vectors,
+        group=group,
+        length=length,
+        floor=0.1 * float(np.median(length)),
+    )
+    try:
+        # Where wrong edges are many but thin, a tree of the reliable ones avoids them; where they look as good as the
+        # others, the least sum of distances over all edges outvotes them. The better explanation wins.
+        starts = problem.along_tree(), problem.least_distances()
+        centres, history = min((problem.refine(*start) for start in starts), key=lambda result: result[1][-1])
+    except (RuntimeError, ValueError) as singular:
+        raise DivergedError(f"the camera positions did not converge: {singular}") from singular
     if not np.isfinite(centres).all():
         raise DivergedError("the camera positions did not converge: the pairs' baselines contradict each other")
     solved = centres[edges.pairs[:, 1]] - centres[edges.pairs[:, 0]]
@@ -152,13 +153,58 @@ def solve_positions(
     return centres / max(baseline, 1e-12), error, tuple(history)
 
 
-def _chain(edges: EdgeSet, vectors: Float64) -> Float64:
-    """Centres [n, 3] along the spanning tree of the most reliable edges: where many edges are wrong, few of its are."""
-    centres = np.zeros((edges.num_images, 3))
-    for parent, child, edge in spanning_tree(edges):
-        forward = edges.pairs[edge, 0] == parent
-        centres[child] = centres[parent] + (vectors[edge] if forward else -vectors[edge])
-    return centres
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """Known vectors between unknown centres, up to one stretch per group."""
+
+    edges: EdgeSet
+    vectors: Float64
+    """[E, 3]."""
+    group: Int32
+    """[E]."""
+    length: Float64
+    """[E] of the vectors."""
+    floor: float
+    """Error of a baseline that does not shrink with its length."""
+
+    def along_tree(self) -> tuple[Float64, Float64]:
+        """Centres [n, 3] along the spanning tree of the most reliable edges, and stretches [G] of 1."""
+        centres = np.zeros((self.edges.num_images, 3))
+        for parent, child, edge in spanning_tree(self.edges):
+            forward = self.edges.pairs[edge, 0] == parent
+            centres[child] = centres[parent] + (self.vectors[edge] if forward else -self.vectors[edge])
+        return centres, np.ones(int(self.group.max()) + 1)
+
+    def least_distances(self) -> tuple[Float64, Float64]:
+        """Centres and stretches of the least weighted sum of relative errors (L1)."""
+        robust = np.ones(len(self.vectors))
+        for _ in range(STEPS):
+            centres, stretch = self._solve(robust)
+            robust = 1 / np.maximum(self._relative_error(centres, stretch), L1_FLOOR)
+        return centres, stretch
+
+    def refine(self, centres: Float64, stretch: Float64) -> tuple[Float64, tuple[float, ...]]:
+        """Robust centres from a start, with a kernel that gets tighter, and its loss after each step."""
+        history: list[float] = []
+        for scale in ROBUST_SCALES:
+            for step in range(STEPS):
+                squared = self._relative_error(centres, stretch) ** 2
+                history.append(float(np.average(squared / (scale**2 + squared), weights=self.edges.weight)))
+                if step and abs(history[-2] - history[-1]) < CONVERGED:
+                    break
+                centres, stretch = self._solve((scale**2 / (scale**2 + squared)) ** 2)
+        return centres, tuple(history)
+
+    def _relative_error(self, centres: Float64, stretch: Float64) -> Float64:
+        stretched = stretch[self.group]
+        solved = centres[self.edges.pairs[:, 1]] - centres[self.edges.pairs[:, 0]]
+        miss = np.linalg.norm(solved - stretched[:, None] * self.vectors, axis=1)
+        return np.asarray(miss / (self.length * stretched + self.floor), np.float64)
+
+    def _solve(self, robust: Float64) -> tuple[Float64, Float64]:
+        # The error of a baseline grows with its length, so that its square divides the weight.
+        weight = self.edges.weight / self.edges.weight.max() / (self.length**2 + self.floor**2)
+        return _solve_linear(self.edges, self.vectors, self.group, weight * robust)
 
 
 def _solve_linear(edges: EdgeSet, vectors: Float64, group: Int32, weight: Float64) -> tuple[Float64, Float64]:

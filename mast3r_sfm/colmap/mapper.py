@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pycolmap
 
 from mast3r_sfm.colmap.model import ColmapModel
@@ -64,6 +65,7 @@ class Mapper:
         while self._register_more(mapper, triangulation):
             self._adjust(mapper, triangulation)
         self._settle_principal_points(mapper, reconstruction, triangulation)
+        _one_observation_per_image(mapper.observation_manager, reconstruction)
         mapper.end_reconstruction(False)
         for number in sorted(set(undistorted).intersection(reconstruction.cameras)):
             _change_model(reconstruction.camera(number), self._settings.config.camera_model)
@@ -153,6 +155,26 @@ def _hold_distortion(reconstruction: pycolmap.Reconstruction, images: Iterable[i
     for number in few:
         _change_model(reconstruction.camera(number), "SIMPLE_PINHOLE")
     return few
+
+
+def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
+    """Of several keypoints that one image has in a track, keep the one nearest to where the point projects."""
+    for number in sorted(reconstruction.point3D_ids()):
+        point = reconstruction.point3D(number)
+        seen: dict[int, list[int]] = {}
+        for element in point.track.elements:
+            seen.setdefault(element.image_id, []).append(element.point2D_idx)
+        for image_id, keypoints in seen.items():
+            if len(keypoints) > 1:
+                image = reconstruction.image(image_id)
+                projected = image.project_point(point.xyz)
+                errors = [
+                    np.inf if projected is None else float(np.linalg.norm(image.point2D(keypoint).xy - projected))
+                    for keypoint in keypoints
+                ]
+                for keypoint in np.delete(keypoints, int(np.argmin(errors))).tolist():
+                    if reconstruction.exists_point3D(number):
+                        manager.delete_observation(image_id, keypoint)
 
 
 def _change_model(camera: pycolmap.Camera, model: str) -> None:

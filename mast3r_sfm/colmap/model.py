@@ -104,10 +104,9 @@ def read_model(folder: Path) -> ColmapModel:
 
 def write_models(models: Sequence[ColmapModel], sparse: Path) -> list[ModelSummary]:
     """Write models as sparse/0, sparse/1, …, and remove models of an earlier run that stand there beyond them."""
-    sparse.mkdir(parents=True, exist_ok=True)
     for number, model in enumerate(models):
         model.write(sparse / str(number))
-    for folder in sparse.iterdir():
+    for folder in sparse.iterdir() if sparse.is_dir() else ():
         if folder.is_dir() and folder.name.isdigit() and int(folder.name) >= len(models):
             shutil.rmtree(folder)
     return [model.summary(f"{sparse.name}/{number}") for number, model in enumerate(models)]

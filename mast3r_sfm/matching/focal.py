@@ -12,18 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mast3r_sfm.matching.check import EpipolarEdge
-from mast3r_sfm.types import Float64, Int32
+from mast3r_sfm.types import Bool, Float64, Int32
 
 TYPICAL_RATIO = 1.0
 """Focal length over the image's long side where nothing is known: between a phone's 0.75 and a short tele lens."""
 CANDIDATES = np.geomspace(0.35, 4.0, 97)
-PRIOR_WEIGHT = 0.01
+PRIOR_WEIGHT = 0.3
 """Pull towards TYPICAL_RATIO, in units of the cost; decides only where the pairs say nothing, as in forward motion."""
-OUTLIER_COST = 0.3
-SWEEPS = 3
+DEFECT_SCALE = 0.02
+"""Defect of a good pair at the right focal length; larger ones count by their logarithm only."""
+MAX_SWEEPS = 30
+CONVERGED = 1e-3
 MIN_GENERAL_SHARE = 0.2
 """Share of the links that must show depth for fundamental matrices to be believed: those of a plane or a turn are
 arbitrary, and one in thirty of them does not look flat."""
@@ -87,7 +88,7 @@ class _Geometry:
             weight=np.sqrt([len(edge.xy_first) for edge in edges]),
         )
 
-    def keep(self, mask: NDArray[np.bool_]) -> _Geometry:
+    def keep(self, mask: Bool) -> _Geometry:
         """The pairs where `mask` [P] is true."""
         return _Geometry(
             matrices=self.matrices[mask],
@@ -102,21 +103,25 @@ Defect = Callable[[Float64, Float64, Float64], Float64]
 
 def _search(geometry: _Geometry, defect: Defect, ratios: Float64, known: Float64) -> Float64:
     """Ratios [C]: one unknown camera after the other, the rest held, until nothing changes much."""
-    ratios = ratios.copy()
-    unknown = np.flatnonzero(np.isnan(known))
-    for _ in range(SWEEPS if len(ratios) > 1 else 1):
-        for camera in unknown:
+    seen = np.isin(np.arange(len(ratios)), geometry.cameras)
+    unknown = np.isnan(known) & seen
+    # All alike first: where every pair has two unknown cameras, one of them alone finds only a compromise.
+    ratios = np.where(unknown, _best_ratio(geometry, defect, unknown, ratios), ratios)
+    for _ in range(MAX_SWEEPS if unknown.sum() > 1 else 0):
+        before = ratios.copy()
+        for camera in np.flatnonzero(unknown):
             mine = (geometry.cameras == camera).any(axis=1)
-            if mine.any():
-                ratios[camera] = _best_ratio(geometry.keep(mine), defect, int(camera), ratios)
+            ratios[camera] = _best_ratio(geometry.keep(mine), defect, np.arange(len(ratios)) == camera, ratios)
+        if np.abs(ratios / before - 1).max() < CONVERGED:
+            break
     return ratios
 
 
-def _best_ratio(geometry: _Geometry, defect: Defect, camera: int, ratios: Float64) -> float:
-    """The candidate of least cost for one camera."""
+def _best_ratio(geometry: _Geometry, defect: Defect, free: Bool, ratios: Float64) -> float:
+    """The candidate of least cost for all cameras where `free` [C], the others as in `ratios` [C]."""
     candidates = CANDIDATES[:, None, None]
-    focal = np.where(geometry.cameras == camera, candidates, ratios[geometry.cameras]) * geometry.long_side
-    cost = np.minimum(defect(geometry.matrices, focal[..., 0], focal[..., 1]), OUTLIER_COST)  # [candidates, P]
+    focal = np.where(free[geometry.cameras], candidates, ratios[geometry.cameras]) * geometry.long_side
+    cost = np.log1p((defect(geometry.matrices, focal[..., 0], focal[..., 1]) / DEFECT_SCALE) ** 2)  # [candidates, P]
     prior = PRIOR_WEIGHT * np.log(CANDIDATES / TYPICAL_RATIO) ** 2
     total = (cost * geometry.weight).sum(axis=1) / geometry.weight.sum() + prior
     best = int(total.argmin())
@@ -138,8 +143,12 @@ def essential_defect(fundamental: Float64, focal_first: Float64, focal_second: F
     """
     first = np.stack([focal_first, focal_first, np.ones_like(focal_first)], axis=-1)[..., None, :]
     second = np.stack([focal_second, focal_second, np.ones_like(focal_second)], axis=-1)[..., :, None]
-    values = np.linalg.svd(fundamental * first * second, compute_uv=False)
-    defect: Float64 = (values[..., 0] - values[..., 1]) / np.maximum(values[..., 0] + values[..., 1], 1e-300)
+    essential = fundamental * first * second
+    # The third singular value is 0: the other two follow from the sums of their squares and fourth powers.
+    gram = essential.swapaxes(-1, -2) @ essential
+    squares = np.trace(gram, axis1=-2, axis2=-1)
+    product = np.sqrt(np.maximum((squares**2 - (gram**2).sum(axis=(-1, -2))) / 2, 0))
+    defect: Float64 = np.sqrt(np.maximum(squares - 2 * product, 0) / np.maximum(squares + 2 * product, 1e-300))
     return defect
 
 

@@ -283,6 +283,7 @@ def test_a_rig_names_only_cameras_it_has() -> None:
 def test_alignment_result_has_one_pose_per_image(field: str) -> None:
     good: dict[str, Any] = {
         "images": np.arange(3, dtype=np.int32),
+        "edges": np.arange(2, dtype=np.int32),
         "cam_from_world": np.stack([np.eye(3, 4)] * 3),
         "residual_deg": np.zeros(3),
         "history": (1.0, 0.5),
