@@ -378,10 +378,8 @@ def _why_nothing(matches: Sequence[PairMatches]) -> str:
             f"pure rotation: {images} photos show the same place, but all from one point, so that nothing can be said "
             "of depth; take photos from different positions"
         )
-    best = max((len(match) for match in matches), default=0)
     return (
-        f"no two photos were found to show the same place (best pair: {best} matches that agree); "
-        "take photos with more overlap, and of something with texture"
+        "no two photos were found to show the same place; take photos with more overlap, and of something with texture"
     )
 
 

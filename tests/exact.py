@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,20 @@ from mast3r_sfm.geometry.rigid import (
     transform_points,
 )
 from mast3r_sfm.matching.check import Putative
+from mast3r_sfm.progress import SilentProgress
 from mast3r_sfm.synthetic.cameras import look_at
-from mast3r_sfm.types import Camera, Float64, PairMatches, Rig, Verdict
+from mast3r_sfm.types import (
+    Camera,
+    Encoding,
+    Float64,
+    LoadedImage,
+    PairMatches,
+    PixelTransform,
+    Reason,
+    Rig,
+    Verdict,
+    ViewGraph,
+)
 
 WIDTH_PX, HEIGHT_PX = 640, 480
 CENTRE_PX = np.array([WIDTH_PX / 2, HEIGHT_PX / 2])
@@ -136,7 +149,7 @@ def street(number: int, *, points: int = 1500, seed: int = 0) -> Scene:
     rng = np.random.default_rng([seed, 19])
     cloud = rng.uniform([-6, -4, 2], [6, 2, 40], (points, 3))
     places = np.stack([np.zeros(number), np.zeros(number), 0.8 * np.arange(number)], axis=1)
-    return Scene(points=cloud, poses=np.stack([look_at(place, place + [0.0, 0.0, 1.0]) for place in places]))
+    return Scene(points=cloud, poses=np.stack([look_at(place, place + np.array([0.0, 0.0, 1.0])) for place in places]))
 
 
 def turned_wrong(match: PairMatches, rng: np.random.Generator) -> PairMatches:
@@ -155,3 +168,76 @@ def poses_by_name(images: Sequence[int] | NDArray[np.int32], poses: Float64) -> 
 def centres(poses: Float64) -> Float64:
     """[N, 3]."""
     return camera_centre(poses)
+
+
+class Describer:
+    """A keypoint model by name only: its descriptors tell each point of a scene from every other, with some doubt."""
+
+    name = "describer"
+    fingerprint = "0" * 64
+    retrieval_tokens = 100
+
+    def __init__(self, scene: Scene, *, photo_scale: float = 1.0, strangers: int = 0, seed: int = 0) -> None:
+        self._scene, self._photo_scale, self._strangers, self._seed = scene, photo_scale, strangers, seed
+        self._names = np.random.default_rng([seed, 3]).normal(size=(len(scene.points), 64))
+
+    def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
+        """Not used: there are no pixels."""
+        raise NotImplementedError(len(images))
+
+    def encodings(self) -> list[Encoding]:
+        """What encoding all images would give."""
+        return [self._encoding(image) for image in range(len(self._scene.poses))]
+
+    def _encoding(self, image: int) -> Encoding:
+        rng = np.random.default_rng([self._seed, 4, image])
+        seen = np.flatnonzero(self._scene.sees(image))
+        tokens = np.concatenate([self._names[seen], rng.normal(size=(self._strangers, 64))])
+        tokens += 0.2 * rng.normal(size=tokens.shape)
+        tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+        xy = np.concatenate([self._scene.project(image)[seen], random_pixels(rng, self._strangers)])
+        scale = self._photo_scale
+        return Encoding(
+            tokens=tokens.astype(np.float16),
+            xy=(scale * xy).astype(np.float32),
+            attention=np.ones(len(xy), np.float32),
+            transform=PixelTransform(matrix=np.array([[scale, 0.0, 0.0], [0.0, scale, 0.0]])),
+            network_size=(WIDTH_PX, HEIGHT_PX),
+        )
+
+
+def all_pairs(number: int) -> ViewGraph:
+    """Every image with every other."""
+    pairs = np.array(list(combinations(range(number), 2)), np.int32).reshape(-1, 2)
+    return ViewGraph(
+        num_images=number,
+        pairs=pairs,
+        score=np.ones(len(pairs), np.float32),
+        reason=np.full(len(pairs), Reason.EXHAUSTIVE, np.int32),
+    )
+
+
+class Listener(SilentProgress):
+    """Progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int, str]] = []
+        self.steps = 0
+        self.finished = 0
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.started.append((stage, total, unit))
+
+    def advance(self, steps: int = 1) -> None:
+        self.steps += steps
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)

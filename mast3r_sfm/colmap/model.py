@@ -96,10 +96,26 @@ def read_model(folder: Path) -> ColmapModel:
     """
     if not any((folder / f"images.{ending}").is_file() for ending in ("bin", "txt")):
         raise InputError(f"{folder} holds no COLMAP model: images.bin or images.txt is missing")
+    for name, smallest in _SMALLEST_ENTRY.items():
+        if (path := folder / f"{name}.bin").is_file():
+            _check_count(path, smallest)
     try:
         return ColmapModel(pycolmap.Reconstruction(str(folder)))
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
         raise InputError(f"the COLMAP model in {folder} cannot be read: {error}") from error
+
+
+# Bytes of the smallest entry in COLMAP's binary format: three parameters, no name, no observations, an empty track.
+_SMALLEST_ENTRY = {"cameras": 4 + 4 + 8 + 8 + 3 * 8, "images": 4 + 7 * 8 + 4 + 1 + 8, "points3D": 8 + 3 * 8 + 3 + 8 + 8}
+
+
+def _check_count(path: Path, smallest: int) -> None:
+    """Refuse a file that is too short for the entries that it announces: pycolmap would take the count's word."""
+    with path.open("rb") as file:
+        data = file.read(8)
+    count = int.from_bytes(data, "little")
+    if len(data) < 8 or path.stat().st_size < 8 + count * smallest:
+        raise InputError(f"the COLMAP model in {path.parent} is broken: {path.name} is cut off or no such file")
 
 
 def write_models(models: Sequence[ColmapModel], sparse: Path) -> list[ModelSummary]:

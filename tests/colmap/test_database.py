@@ -1,0 +1,165 @@
+"""database.db as COLMAP reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pycolmap
+import pytest
+
+from mast3r_sfm.colmap import database as module
+from mast3r_sfm.colmap.database import DatabaseContent, colmap_camera, write_database
+from mast3r_sfm.errors import ArtifactError
+from mast3r_sfm.geometry.epipolar import homogeneous, sampson_error
+from mast3r_sfm.types import Camera, Rig, Verdict
+from tests.exact import CENTRE_PX, HEIGHT_PX, WIDTH_PX, ring
+
+
+@pytest.fixture
+def content(make_content: Callable[..., DatabaseContent]) -> DatabaseContent:
+    """Five images, all pairs but one, of three kinds."""
+    scene = ring(5, turn_deg=90, points=60)
+    matches = [scene.matches(*pair) for pair in combinations(range(5), 2) if pair != (1, 3)]
+    matches[1] = replace(matches[1], verdict=Verdict.PLANAR)
+    none = np.zeros((0, 3))
+    matches[2] = replace(matches[2], verdict=Verdict.PURE_ROTATION, points_first=none, points_second=none)
+    return make_content(scene, matches)
+
+
+def test_counts_and_ids(content: DatabaseContent, tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    with pycolmap.Database.open(str(path)) as database:
+        assert database.num_cameras() == 1
+        assert database.num_images() == 5
+        assert database.num_rigs() == 1
+        assert database.num_frames() == 5
+        assert database.num_keypoints() == 5 * 60
+        assert database.num_matched_image_pairs() == 9
+        assert database.num_verified_image_pairs() == 9
+        images = database.read_all_images()
+        assert {image.image_id: image.name for image in images} == {
+            number: f"left/{number - 1:02d}.jpg" for number in range(1, 6)
+        }
+        assert {image.camera_id for image in images} == {1}
+    assert [file.name for file in tmp_path.iterdir()] == ["database.db"]
+
+
+def test_keypoints_are_colmaps_pixels(content: DatabaseContent, tmp_path: Path) -> None:
+    """No half pixel is added or taken away on the way."""
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    with pycolmap.Database.open(str(path)) as database:
+        for image, expected in enumerate(content.keypoints):
+            stored = database.read_keypoints(image + 1)
+            np.testing.assert_array_equal(np.asarray(stored)[:, :2], expected.astype(np.float32))
+
+
+def test_pairs_hold_their_matches_and_poses(content: DatabaseContent, tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    kinds = {
+        Verdict.GOOD: pycolmap.TwoViewGeometryConfiguration.CALIBRATED,
+        Verdict.PLANAR: pycolmap.TwoViewGeometryConfiguration.PLANAR,
+        Verdict.PURE_ROTATION: pycolmap.TwoViewGeometryConfiguration.PANORAMIC,
+    }
+    intrinsics = np.array([[600.0, 0, CENTRE_PX[0]], [0, 600.0, CENTRE_PX[1]], [0, 0, 1]])
+    with pycolmap.Database.open(str(path)) as database:
+        assert not database.exists_matches(2, 4)
+        for match in content.matches:
+            ids = match.first + 1, match.second + 1
+            expected = content.indices[match.first, match.second]
+            np.testing.assert_array_equal(database.read_matches(*ids), expected)
+            geometry = database.read_two_view_geometry(*ids)
+            np.testing.assert_array_equal(geometry.inlier_matches, expected)
+            assert geometry.config == kinds[match.verdict]
+            np.testing.assert_allclose(geometry.cam2_from_cam1.matrix(), match.second_from_first, atol=1e-12)
+            # The pose and the matched keypoints tell the same story.
+            x, y, z = geometry.cam2_from_cam1.translation
+            cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+            inverse = np.linalg.inv(intrinsics)
+            fundamental = inverse.T @ cross @ geometry.cam2_from_cam1.rotation.matrix() @ inverse
+            first = content.keypoints[match.first][expected[:, 0]]
+            second = content.keypoints[match.second][expected[:, 1]]
+            assert homogeneous(first).shape == (60, 3)
+            assert sampson_error(fundamental, first, second).max() < 1e-3
+
+
+@pytest.mark.parametrize("model", ["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"])
+def test_cameras_in_every_model(model: str) -> None:
+    camera = Camera(model="SIMPLE_PINHOLE", width_px=640, height_px=480, params=np.array([600.0, 300.5, 250.25]))
+    written = colmap_camera(camera, model, 3)
+    assert written.camera_id == 3
+    assert written.model.name == model
+    assert (written.width, written.height) == (640, 480)
+    assert written.mean_focal_length() == 600
+    assert (written.principal_point_x, written.principal_point_y) == (300.5, 250.25)
+    np.testing.assert_array_equal(written.params[written.extra_params_idxs()], 0)
+    assert not written.has_prior_focal_length
+    assert colmap_camera(replace(camera, focal_is_known=True), model, 3).has_prior_focal_length
+    # Without distortion all models are the pinhole.
+    np.testing.assert_allclose(written.img_from_cam([0.1, -0.2, 1.0]), [360.5, 130.25])
+
+
+def test_each_image_has_its_camera(content: DatabaseContent, tmp_path: Path) -> None:
+    camera = content.rig.cameras[0]
+    second = replace(camera, params=np.array([900.0, 240.0, 320.0]), width_px=HEIGHT_PX, height_px=WIDTH_PX)
+    rig = Rig(cameras=(camera, second), camera_of_image=np.array([0, 1, 0, 1, 1], np.int32))
+    path = tmp_path / "database.db"
+    write_database(path, replace(content, rig=rig))
+    with pycolmap.Database.open(str(path)) as database:
+        ids = {image.image_id: image.camera_id for image in database.read_all_images()}
+        assert ids == {1: 1, 2: 2, 3: 1, 4: 2, 5: 2}
+        assert database.read_camera(2).mean_focal_length() == 900
+        assert database.num_rigs() == 2
+
+
+def test_a_new_database_replaces_the_old_one(content: DatabaseContent, tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    path.write_bytes(b"something else")
+    write_database(path, content)
+    write_database(path, replace(content, names=[f"new/{image}.jpg" for image in range(5)]))
+    with pycolmap.Database.open(str(path)) as database:
+        assert sorted(image.name for image in database.read_all_images())[0] == "new/0.jpg"
+        assert database.num_images() == 5
+    assert [file.name for file in tmp_path.iterdir()] == ["database.db"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("database or disk is full")])
+def test_what_stood_there_survives_a_failure(
+    content: DatabaseContent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(module, "_write_pairs", fail)
+    with pytest.raises(ArtifactError, match=r"cannot write .*database\.db.*choose another folder"):
+        write_database(path, content)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there(content: DatabaseContent, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_database(tmp_path / "missing" / "database.db", content)
+
+
+def test_a_folder_in_the_way(content: DatabaseContent, tmp_path: Path) -> None:
+    (tmp_path / "database.db").mkdir()
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_database(tmp_path / "database.db", content)
+
+
+def test_a_database_without_matches(make_content: Callable[..., DatabaseContent], tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    write_database(path, make_content(ring(3), []))
+    with pycolmap.Database.open(str(path)) as database:
+        assert database.num_images() == 3
+        assert database.num_matches() == 0

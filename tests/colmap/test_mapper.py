@@ -1,0 +1,170 @@
+"""From approximate poses to the true model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
+from mast3r_sfm.colmap.model import ColmapModel
+from mast3r_sfm.config import MapConfig
+from mast3r_sfm.evaluation.pairs import PairErrors, measure_pairs
+from mast3r_sfm.geometry.rigid import compose_poses, make_pose, rotation_from_axis_angle
+from mast3r_sfm.types import Float64, PairMatches
+from tests.exact import Scene, ring
+
+MakeDatabase = Callable[..., Path]
+NUMBER = 6
+
+
+def settings(**values: float) -> MapperSettings:
+    return MapperSettings(config=MapConfig(), pixel_scale=1.0, threads=1, seed=0, **values)
+
+
+def arc() -> Scene:
+    return ring(NUMBER, turn_deg=100, points=250)
+
+
+def nudged(scene: Scene, images: range | list[int], seed: int = 0) -> dict[int, Float64]:
+    """Poses that are a degree and a few per cent off, as alignment leaves them."""
+    rng = np.random.default_rng(seed)
+    turns = rotation_from_axis_angle(rng.normal(0, np.radians(0.8), (len(images), 3)))
+    shifts = rng.normal(0, 0.06, (len(images), 3))
+    return {
+        image: compose_poses(make_pose(turn, shift), scene.poses[image])
+        for image, turn, shift in zip(images, turns, shifts, strict=True)
+    }
+
+
+def errors(model: ColmapModel, scene: Scene) -> PairErrors:
+    truth = {f"left/{image:02d}.jpg": pose for image, pose in enumerate(scene.poses)}
+    return measure_pairs([model.cam_from_world], truth, sorted(model.cam_from_world))
+
+
+def noisy(scene: Scene, first: int, second: int, noise: Float64) -> PairMatches:
+    """The true matches with noise [N, K, 2], the same at a point's pixel in every pair."""
+    match = scene.matches(first, second)
+    seen = scene.sees(first) & scene.sees(second)
+    return replace(match, xy_first=match.xy_first + noise[first][seen], xy_second=match.xy_second + noise[second][seen])
+
+
+@pytest.mark.parametrize("focal_factor", [1.0, 1.08])
+def test_exact_tracks_give_exact_poses_and_the_focal_length(make_database: MakeDatabase, focal_factor: float) -> None:
+    scene = arc()
+    model = Mapper(make_database(scene, focal_factor=focal_factor), settings()).build(nudged(scene, range(NUMBER)))
+    assert len(model.cam_from_world) == NUMBER
+    found = errors(model, scene)
+    assert found.error_deg.max() < 0.05
+    assert model.num_points == pytest.approx(250, abs=2)
+    for camera in model.cameras.values():
+        assert camera.model == "SIMPLE_RADIAL"
+        assert camera.params[0] == pytest.approx(600, rel=0.005)
+        assert camera.params[3] == pytest.approx(0, abs=0.005)
+    summary = model.summary("sparse/0")
+    assert summary.mean_reprojection_error_px < 0.05
+    assert summary.mean_track_length == pytest.approx(NUMBER, abs=0.1)
+
+
+def test_noise_leaves_noise(make_database: MakeDatabase) -> None:
+    scene = arc()
+    noise = 0.5 * np.random.default_rng(0).normal(size=(NUMBER, 250, 2))
+    matches = [noisy(scene, *pair, noise) for pair in combinations(range(NUMBER), 2)]
+    model = Mapper(make_database(scene, matches), settings()).build(nudged(scene, range(NUMBER)))
+    found = errors(model, scene)
+    assert 0.005 < found.rotation_deg.mean() < 0.15
+    assert 0.005 < found.translation_deg.mean() < 0.3
+    assert 0.4 < model.summary("").mean_reprojection_error_px < 0.8
+    assert model.observed_share > 0.98
+
+
+def test_an_image_without_a_pose_is_registered(make_database: MakeDatabase) -> None:
+    scene = arc()
+    model = Mapper(make_database(scene), settings()).build(nudged(scene, [0, 1, 2, 4, 5]))
+    assert len(model.cam_from_world) == NUMBER
+    assert errors(model, scene).error_deg.max() < 0.05
+
+
+def test_two_images_are_enough(make_database: MakeDatabase) -> None:
+    scene = ring(2, turn_deg=40, points=120)
+    model = Mapper(make_database(scene), settings()).build(dict(enumerate(scene.poses)))
+    assert len(model.cam_from_world) == 2
+    assert model.num_points > 100
+    assert errors(model, scene).error_deg.max() < 1
+
+
+def test_wrong_matches_are_filtered(make_database: MakeDatabase) -> None:
+    scene = arc()
+    rng = np.random.default_rng(0)
+    matches = []
+    for pair in combinations(range(NUMBER), 2):
+        match = scene.matches(*pair)
+        xy_second = match.xy_second.copy()
+        wrong = rng.choice(250, 25, replace=False)
+        xy_second[wrong] = rng.uniform([0, 0], [640, 480], (25, 2))
+        matches.append(replace(match, xy_second=xy_second))
+    model = Mapper(make_database(scene, matches), settings()).build(nudged(scene, range(NUMBER)))
+    assert len(model.cam_from_world) == NUMBER
+    assert errors(model, scene).error_deg.max() < 0.05
+    assert 200 < model.num_points < 300
+    assert model.summary("").mean_reprojection_error_px < 0.1
+
+
+def test_an_image_stands_in_a_track_once(make_database: MakeDatabase, tmp_path: Path) -> None:
+    """Two keypoints of one image that are tied to one point in another: at most one is an observation."""
+    import pycolmap
+
+    scene = arc()
+    matches = [scene.matches(*pair) for pair in combinations(range(NUMBER), 2)]
+    doubled = []
+    for match in matches:
+        if match.first == 0:
+            # Half of image 0's pairs see its points two pixels aside.
+            match = replace(match, xy_first=match.xy_first + (2.0 if match.second % 2 else 0.0))
+        doubled.append(match)
+    model = Mapper(make_database(scene, doubled), settings()).build(nudged(scene, range(NUMBER)))
+    model.write(tmp_path / "model")
+    reconstruction = pycolmap.Reconstruction(str(tmp_path / "model"))
+    lengths = []
+    for point in reconstruction.points3D.values():
+        images = [element.image_id for element in point.track.elements]
+        lengths.append(len(images))
+        assert len(images) == len(set(images))
+    assert len(lengths) > 200
+    assert max(lengths) == NUMBER
+
+
+def test_building_again_gives_the_same(make_database: MakeDatabase) -> None:
+    """Cameras that one model refined do not leak into the next."""
+    scene = arc()
+    mapper = Mapper(make_database(scene, focal_factor=1.05), settings())
+    one, two = (mapper.build(nudged(scene, range(NUMBER))) for _ in range(2))
+    for name, pose in one.cam_from_world.items():
+        np.testing.assert_array_equal(pose, two.cam_from_world[name])
+    np.testing.assert_array_equal(
+        [camera.params for camera in one.cameras.values()], [camera.params for camera in two.cameras.values()]
+    )
+
+
+def test_two_parts_become_two_models(make_database: MakeDatabase) -> None:
+    scene = ring(8, points=150)
+    matches = [scene.matches(*pair) for part in (range(4), range(4, 8)) for pair in combinations(part, 2)]
+    mapper = Mapper(make_database(scene, matches), settings())
+    for part in (range(4), range(4, 8)):
+        model = mapper.build(nudged(scene, part))
+        assert sorted(model.cam_from_world) == [f"left/{image:02d}.jpg" for image in part]
+        assert errors(model, scene).error_deg.max() < 0.05
+
+
+@pytest.mark.parametrize("camera_model", ["SIMPLE_PINHOLE", "PINHOLE", "RADIAL", "OPENCV"])
+def test_the_camera_model_is_the_one_asked_for(make_database: MakeDatabase, camera_model: str) -> None:
+    scene = arc()
+    config = MapperSettings(config=MapConfig(camera_model=camera_model), pixel_scale=1.0, threads=1, seed=0)
+    model = Mapper(make_database(scene, camera_model=camera_model), config).build(nudged(scene, range(NUMBER)))
+    assert {camera.model for camera in model.cameras.values()} == {camera_model}
+    assert len(model.cam_from_world) == NUMBER
+    assert errors(model, scene).error_deg.max() < 0.1

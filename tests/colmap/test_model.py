@@ -1,0 +1,157 @@
+"""COLMAP models on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pycolmap
+import pytest
+from PIL import Image
+
+from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
+from mast3r_sfm.colmap.model import ColmapModel, read_model, write_models
+from mast3r_sfm.config import MapConfig
+from mast3r_sfm.errors import InputError
+from tests.exact import HEIGHT_PX, WIDTH_PX, ring
+
+
+@pytest.fixture
+def model(make_database: Callable[..., Path]) -> ColmapModel:
+    scene = ring(4, turn_deg=60, points=60)
+    settings = MapperSettings(config=MapConfig(), pixel_scale=1.0, threads=1, seed=0)
+    return Mapper(make_database(scene), settings).build(dict(enumerate(scene.poses)))
+
+
+def assert_same(one: ColmapModel, two: ColmapModel) -> None:
+    assert list(one.cam_from_world) == list(two.cam_from_world)
+    for name, pose in one.cam_from_world.items():
+        np.testing.assert_allclose(pose, two.cam_from_world[name], atol=1e-12)
+        for left, right in zip(vars(one.cameras[name]).values(), vars(two.cameras[name]).values(), strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert one.summary("here") == two.summary("here")
+    assert one.observed_share == two.observed_share
+
+
+def test_what_is_written_is_read(model: ColmapModel, tmp_path: Path) -> None:
+    model.write(tmp_path / "0")
+    assert_same(model, read_model(tmp_path / "0"))
+    names = {file.name for file in (tmp_path / "0").iterdir()}
+    assert {"cameras.bin", "images.bin", "points3D.bin"} <= names
+
+
+def test_text_models_are_read(model: ColmapModel, tmp_path: Path) -> None:
+    model.write(tmp_path / "0")
+    (tmp_path / "text").mkdir()
+    pycolmap.Reconstruction(str(tmp_path / "0")).write_text(str(tmp_path / "text"))
+    read = read_model(tmp_path / "text")
+    assert list(read.cam_from_world) == list(model.cam_from_world)
+    assert read.num_points == model.num_points
+
+
+def test_the_summary_counts_what_is_there(model: ColmapModel) -> None:
+    summary = model.summary("sparse/3")
+    assert summary.path == "sparse/3"
+    assert summary.images == tuple(f"left/{image:02d}.jpg" for image in range(4))
+    assert 50 < summary.points <= 60
+    assert summary.observations == pytest.approx(summary.points * summary.mean_track_length)
+    assert summary.mean_track_length == pytest.approx(4, abs=0.2)
+    assert 0 <= summary.mean_reprojection_error_px < 0.05
+    assert model.observed_share == pytest.approx(summary.observations / 240)
+
+
+def test_writing_replaces_what_stood_there(model: ColmapModel, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "stale.txt").write_text("old")
+    model.write(tmp_path / "0")
+    assert not (tmp_path / "0" / "stale.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
+
+
+def test_models_are_numbered_and_stale_ones_removed(model: ColmapModel, tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse"
+    for name in ("0", "1", "7", "notes"):
+        (sparse / name).mkdir(parents=True)
+        (sparse / name / "stale.txt").write_text("old")
+    (sparse / "12").write_text("a file")
+    summaries = write_models([model, model], sparse)
+    assert [summary.path for summary in summaries] == ["sparse/0", "sparse/1"]
+    # What is not a model of ours stays.
+    assert sorted(path.name for path in sparse.iterdir()) == ["0", "1", "12", "notes"]
+    for number in "01":
+        assert_same(model, read_model(sparse / number))
+    write_models([model], sparse)
+    assert sorted(path.name for path in sparse.iterdir()) == ["0", "12", "notes"]
+    assert write_models([], sparse) == []
+    assert sorted(path.name for path in sparse.iterdir()) == ["12", "notes"]
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no COLMAP model"):
+        read_model(tmp_path)
+    with pytest.raises(InputError, match="holds no COLMAP model"):
+        read_model(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("file", ["cameras.bin", "images.bin", "points3D.bin"])
+def test_a_model_that_lacks_a_file(model: ColmapModel, tmp_path: Path, file: str) -> None:
+    model.write(tmp_path / "0")
+    (tmp_path / "0" / file).unlink()
+    with pytest.raises(InputError, match="COLMAP model"):
+        read_model(tmp_path / "0")
+
+
+READ = """
+import resource, sys
+from pathlib import Path
+
+from mast3r_sfm.colmap.model import read_model
+from mast3r_sfm.errors import InputError
+
+# A count read from a broken file must not be believed: without this limit it would take all memory there is.
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        read_model(folder)
+        print(folder.name, "was read")
+    except InputError as error:
+        print(folder.name, "refused" if str(folder) in str(error) else f"unclear: {error}")
+    except Exception as error:
+        print(folder.name, repr(error))
+"""
+
+
+def test_a_broken_model_is_refused(model: ColmapModel, tmp_path: Path) -> None:
+    expected = []
+    for file in ("cameras", "images", "points3D"):
+        for damage in ("empty", "half", "noise"):
+            folder = tmp_path / "models" / f"{file} {damage}"
+            folder.parent.mkdir(exist_ok=True)
+            model.write(folder)
+            path = folder / f"{file}.bin"
+            data = path.read_bytes()
+            noise = np.random.default_rng(0).bytes(len(data))
+            path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "noise": noise}[damage])
+            expected.append(f"{folder.name} refused")
+    process = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / "models")], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert process.stdout.splitlines() == expected, process.stderr
+
+
+def test_points_take_the_colours_of_the_photos(model: ColmapModel, tmp_path: Path) -> None:
+    (tmp_path / "left").mkdir()
+    for image in range(4):
+        Image.new("RGB", (WIDTH_PX, HEIGHT_PX), (200, 100, 50)).save(tmp_path / "left" / f"{image:02d}.png")
+        (tmp_path / "left" / f"{image:02d}.png").rename(tmp_path / "left" / f"{image:02d}.jpg")
+    model.colour(tmp_path)
+    model.write(tmp_path / "0")
+    colours = {tuple(point.color) for point in pycolmap.Reconstruction(str(tmp_path / "0")).points3D.values()}
+    assert colours == {(200, 100, 50)}
+    model.write_ply(tmp_path / "points.ply")
+    header = (tmp_path / "points.ply").read_bytes()[:200].decode("ascii", "replace")
+    assert header.startswith("ply")
+    assert f"element vertex {model.num_points}" in header

@@ -1,0 +1,137 @@
+"""The uncalibrated two-view check: truth is found, chance is not believed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.geometry.epipolar import homogeneous, sampson_error
+from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair, min_significant_inliers
+from mast3r_sfm.types import Verdict
+from tests.exact import Scene, random_pixels, ring, street, turning, wall
+
+CONFIG = MatchConfig()
+
+
+def check(scene: Scene, *, outliers: float = 0.0, noise_px: float = 0.0, seed: int = 0) -> EpipolarEdge:
+    putative, _ = scene.putative(0, 1, outliers=outliers, noise_px=noise_px, seed=seed)
+    return check_pair((0, 1), putative, CONFIG, seed)
+
+
+def noise(seed: int, count: int) -> Putative:
+    rng = np.random.default_rng(seed)
+    return Putative(
+        xy_first=random_pixels(rng, count),
+        xy_second=random_pixels(rng, count),
+        confidence=rng.random(count).astype(np.float32),
+    )
+
+
+def row_set(xy: np.ndarray) -> set[tuple[float, ...]]:
+    return set(map(tuple, xy.tolist()))
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.3, 0.6])
+def test_true_matches_are_found_among_outliers(outliers: float) -> None:
+    scene = ring(2, turn_deg=40, seed=3)
+    putative, is_true = scene.putative(0, 1, outliers=outliers, noise_px=0.4)
+    edge = check_pair((0, 1), putative, CONFIG, 0)
+    assert edge.verdict is Verdict.GOOD
+    found, true = row_set(edge.xy_first), row_set(putative.xy_first[is_true])
+    assert len(found & true) >= 0.97 * len(true)
+    # A wrong match stays only where it happens to lie on its epipolar line, a band of 4 of about 600 pixels.
+    assert len(found - true) <= 0.03 * len(putative.xy_first)
+    assert edge.num_putative == len(putative.xy_first)
+    assert edge.inlier_ratio == pytest.approx(len(found) / edge.num_putative)
+
+
+def test_the_matrices_fit_the_inliers() -> None:
+    edge = check(ring(2, turn_deg=40), outliers=0.3)
+    assert sampson_error(edge.fundamental, edge.xy_first, edge.xy_second).max() < CONFIG.max_epipolar_error_px
+    assert abs(np.linalg.det(edge.fundamental / np.linalg.norm(edge.fundamental))) < 1e-9
+    flat = check(wall(2), outliers=0.3)
+    mapped = homogeneous(flat.xy_first) @ flat.homography.T
+    error = np.linalg.norm(mapped[:, :2] / mapped[:, 2:] - flat.xy_second, axis=1)
+    assert np.median(error) < 1e-6
+
+
+def test_matches_come_best_first_with_their_points() -> None:
+    putative, _ = ring(2, turn_deg=40).putative(0, 1, outliers=0.2)
+    numbers = np.repeat(np.arange(len(putative.xy_first), dtype=np.float64)[:, None], 3, axis=1)
+    tagged = Putative(
+        xy_first=putative.xy_first,
+        xy_second=putative.xy_second,
+        confidence=putative.confidence,
+        points_first=numbers,
+        points_second=-numbers,
+    )
+    edge = check_pair((0, 1), tagged, CONFIG, 0)
+    assert (np.diff(edge.confidence) <= 0).all()
+    assert edge.points_first is not None
+    assert edge.points_second is not None
+    origin = edge.points_first[:, 0].astype(int)
+    np.testing.assert_array_equal(putative.xy_first[origin], edge.xy_first)
+    np.testing.assert_array_equal(putative.xy_second[origin], edge.xy_second)
+    np.testing.assert_array_equal(putative.confidence[origin], edge.confidence)
+    np.testing.assert_array_equal(edge.points_second, -edge.points_first)
+
+
+def test_chance_is_never_a_link() -> None:
+    shares = []
+    for seed in range(80):
+        count = int(np.random.default_rng([seed, 1]).integers(1, 900))
+        edge = check_pair((0, 1), noise(seed, count), CONFIG, seed)
+        assert not edge.verdict.is_link
+        assert edge.homography_share == 0
+        assert not edge.homography.any()
+        shares.append(len(edge.xy_first) / min_significant_inliers(count, CONFIG))
+    # Otherwise the random matches were no test.
+    assert 0.2 < max(shares) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("count", "verdict"),
+    [(0, Verdict.TOO_FEW), (7, Verdict.TOO_FEW), (8, Verdict.TOO_FEW), (19, Verdict.TOO_FEW), (20, Verdict.WEAK)],
+)
+def test_few_matches_are_named_so(count: int, verdict: Verdict) -> None:
+    edge = check_pair((3, 5), noise(0, count), CONFIG, 0)
+    assert edge.verdict is verdict
+    assert (edge.first, edge.second, edge.num_putative) == (3, 5, count)
+    assert np.isfinite(edge.fundamental).all()
+
+
+def test_the_threshold_is_the_documented_one() -> None:
+    scene = ring(2, turn_deg=40)
+    exact, _ = scene.putative(0, 1)
+    for count, verdict in ((22, Verdict.WEAK), (23, Verdict.GOOD)):  # 20 + 0.12·22 = 22.64; 20 + 0.12·23 = 22.76
+        edge = check_pair((0, 1), exact.subset(np.arange(count)), CONFIG, 0)
+        assert len(edge.xy_first) == count
+        assert edge.verdict is verdict
+
+
+def test_the_same_seed_gives_the_same_edge() -> None:
+    one, two = (check(ring(2, turn_deg=40), outliers=0.5, noise_px=1.0, seed=4) for _ in range(2))
+    np.testing.assert_array_equal(one.fundamental, two.fundamental)
+    np.testing.assert_array_equal(one.xy_first, two.xy_first)
+    assert one.homography_share == two.homography_share
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("noise_px", [0.0, 0.5])
+def test_planes_and_turns_are_flat_and_depth_is_not(seed: int, noise_px: float) -> None:
+    for scene in (wall(2, seed=seed), turning(2, seed=seed)):
+        edge = check(scene, outliers=0.3, noise_px=noise_px, seed=seed)
+        assert edge.is_flat
+        assert edge.homography_share > 0.9
+    deep = check(ring(2, turn_deg=40, seed=seed), outliers=0.3, noise_px=noise_px, seed=seed)
+    assert not deep.is_flat
+    assert 0 < deep.homography_share < 0.5
+
+
+def test_a_long_step_forward_is_not_flat() -> None:
+    scene = street(6)
+    putative, _ = scene.putative(0, 5, outliers=0.2, noise_px=0.3)
+    edge = check_pair((0, 5), putative, CONFIG, 0)
+    assert edge.verdict is Verdict.GOOD
+    assert not edge.is_flat

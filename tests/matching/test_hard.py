@@ -1,0 +1,174 @@
+"""Thin links between parts are believed only where the slow matcher confirms them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.hard import match_hard_pair, settle_hanging_pairs
+from mast3r_sfm.matching.stage import Matcher
+from mast3r_sfm.models.base import KeypointModel
+from mast3r_sfm.storage.cache import StageCache
+from mast3r_sfm.types import Encoding, Verdict, ViewGraph
+from tests.exact import Describer, Listener, Scene, all_pairs, ring
+
+CONFIG = MatchConfig()
+
+
+class HardDescriber(Describer):
+    """Its slow matcher knows the truth: the keypoints of scene points come first, in the order of the points."""
+
+    def __init__(self, scene: Scene, **values: int) -> None:
+        super().__init__(scene, **values)
+        self.asked: list[tuple[int, int]] = []
+
+    def match_hard(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        views = [self._image(encoding) for encoding in (first, second)]
+        self.asked.append((views[0], views[1]))
+        seen = [np.flatnonzero(self._scene.sees(view)) for view in views]
+        _, rows, columns = np.intersect1d(*seen, return_indices=True)
+        return np.stack([rows, columns], axis=1), np.ones(len(rows), np.float32)
+
+    def _image(self, encoding: Encoding) -> int:
+        return next(image for image, own in enumerate(self.encodings()) if np.array_equal(own.xy, encoding.xy))
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+def edge(scene: Scene, first: int, second: int, count: int, *, outliers: float = 0.0) -> EpipolarEdge:
+    putative, is_true = scene.putative(first, second, outliers=outliers)
+    chosen = np.concatenate([np.flatnonzero(is_true)[:count], np.flatnonzero(~is_true)])
+    return check_pair((first, second), putative.subset(chosen), CONFIG, 0)
+
+
+def two_parts(scene: Scene, between: int) -> list[EpipolarEdge]:
+    """Strong pairs inside (0, 1, 2) and (3, 4, 5), and thin ones between the two, of `between` true matches."""
+    edges = []
+    for first, second in combinations(range(6), 2):
+        inside = (first < 3) == (second < 3)
+        edges.append(edge(scene, first, second, 200 if inside else between, outliers=0.0 if inside else 0.3))
+    return edges
+
+
+def answer(scene: Scene, edges: list[EpipolarEdge], count: int, asked: list[int]) -> Callable[[int], EpipolarEdge]:
+    def rematch(number: int) -> EpipolarEdge:
+        asked.append(number)
+        return edge(scene, edges[number].first, edges[number].second, count)
+
+    return rematch
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return ring(6, turn_deg=90, points=250)
+
+
+def test_strong_collections_are_left_alone(scene: Scene, pool: ThreadPoolExecutor) -> None:
+    edges = [edge(scene, first, second, 200) for first, second in combinations(range(6), 2)]
+    asked: list[int] = []
+    settled = settle_hanging_pairs(edges, 6, answer(scene, edges, 0, asked), pool)
+    assert asked == []
+    assert all(new is old for new, old in zip(settled, edges, strict=True))
+
+
+def test_a_confirmed_link_joins_the_parts(scene: Scene, pool: ThreadPoolExecutor) -> None:
+    edges = two_parts(scene, between=12)
+    asked: list[int] = []
+    settled = settle_hanging_pairs(edges, 6, answer(scene, edges, 150, asked), pool)
+    assert 1 <= len(set(asked)) == len(asked) <= 2  # one answer is enough
+    for number, (old, new) in enumerate(zip(edges, settled, strict=True)):
+        assert (new.first, new.second) == (old.first, old.second)
+        if number in asked:
+            assert new.verdict is Verdict.GOOD
+            assert len(new.xy_first) == 150
+        else:
+            assert new is old
+
+
+def test_links_that_nothing_confirms_are_weak(scene: Scene, pool: ThreadPoolExecutor) -> None:
+    edges = two_parts(scene, between=45)
+    thin = [number for number, one in enumerate(edges) if (one.first < 3) != (one.second < 3)]
+    assert any(edges[number].verdict.is_link for number in thin)
+    assert all(len(edges[n].xy_first) * edges[n].inlier_ratio ** 2 < 40 for n in thin)
+    asked: list[int] = []
+    settled = settle_hanging_pairs(edges, 6, answer(scene, edges, 5, asked), pool)
+    assert set(asked) <= set(thin)
+    assert len(set(asked)) == len(asked) <= 6  # it gives up
+    for number, new in enumerate(settled):
+        assert new.verdict.is_link == (number not in thin)
+
+
+def test_nothing_to_settle(pool: ThreadPoolExecutor) -> None:
+    def never(number: int) -> EpipolarEdge:
+        raise AssertionError(number)
+
+    assert settle_hanging_pairs([], 3, never, pool) == []
+
+
+def test_a_pair_is_matched_by_the_slow_matcher(scene: Scene) -> None:
+    model = HardDescriber(scene, strangers=100)
+    assert isinstance(model, KeypointModel)
+    encodings = model.encodings()
+    found = match_hard_pair(model, (2, 4), (encodings[2], encodings[4]), CONFIG, 0)
+    assert (found.first, found.second) == (2, 4)
+    assert found.verdict is Verdict.GOOD
+    assert found.num_putative == len(found.xy_first) == int((scene.sees(2) & scene.sees(4)).sum())
+    distance = np.linalg.norm(found.xy_first[:, None] - scene.project(2), axis=2).min(axis=1)
+    assert distance.max() < 1e-3
+
+
+def make_matcher(scene: Scene) -> tuple[Matcher, HardDescriber]:
+    """Between the halves, descriptors tell next to nothing: the slow matcher has to."""
+    model = HardDescriber(scene, strangers=50)
+    encodings = model.encodings()
+    rng = np.random.default_rng(0)
+    for image in range(3, 6):
+        tokens = encodings[image].tokens.astype(np.float64)
+        names = np.random.default_rng(1).normal(size=(250, 64))
+        seen = scene.sees(image)
+        tokens[: seen.sum()] = names[seen] + 0.2 * rng.normal(size=(seen.sum(), 64))
+        tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+        encodings[image] = replace(encodings[image], tokens=tokens.astype(np.float16))
+    return Matcher(model=model, encodings=encodings, config=CONFIG, seed=0, threads=2), model
+
+
+def test_the_stage_asks_once_and_remembers_the_answer(scene: Scene, tmp_path: Path) -> None:
+    matcher, model = make_matcher(scene)
+    cache = StageCache(tmp_path, "match", "key", Listener())
+    edges, resumed = matcher.check_graph(all_pairs(6), cache, Listener())
+    assert resumed == 0
+    between = [one for one in edges if (one.first < 3) != (one.second < 3)]
+    assert 1 <= len(model.asked) <= 2
+    assert sum(one.verdict.is_link for one in between) == len(model.asked)
+    again, resumed = matcher.check_graph(all_pairs(6), cache, Listener())
+    assert resumed == 2
+    assert len(model.asked) <= 2
+    for one, two in zip(edges, again, strict=True):
+        assert one.verdict is two.verdict
+        np.testing.assert_array_equal(one.xy_first, two.xy_first)
+        np.testing.assert_array_equal(one.fundamental, two.fundamental)
+
+
+def test_a_graph_without_pairs(scene: Scene, tmp_path: Path) -> None:
+    matcher, _ = make_matcher(scene)
+    none = ViewGraph(
+        num_images=6,
+        pairs=np.zeros((0, 2), np.int32),
+        score=np.zeros(0, np.float32),
+        reason=np.zeros(0, np.int32),
+    )
+    edges, _ = matcher.check_graph(none, StageCache(tmp_path, "match", "key", Listener()), Listener())
+    assert edges == []
