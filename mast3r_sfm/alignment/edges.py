@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
 
-from mast3r_sfm.types import Bool, Float64, Int32, PairMatches
+from mast3r_sfm.types import Float64, Int32, PairMatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,6 @@ class EdgeSet:
     """[E, 3] second_from_first, in the scale of the edge's points; zero for a pure rotation."""
     weight: Float64
     """[E] evidence for the edge, in matches."""
-
-    def keep(self, mask: Bool) -> EdgeSet:
-        """The edges where `mask` [E] is true."""
-        return EdgeSet(
-            num_images=self.num_images,
-            pairs=self.pairs[mask],
-            rotation=self.rotation[mask],
-            translation=self.translation[mask],
-            weight=self.weight[mask],
-        )
 
 
 def make_edges(matches: Sequence[PairMatches], images: Int32) -> EdgeSet:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mast3r_sfm.alignment.edges import components, make_edges
+from mast3r_sfm.alignment.edges import components, make_edges, spanning_tree
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
 from mast3r_sfm.alignment.rotations import average_rotations, trust_by_triangles
 from mast3r_sfm.config import AlignConfig
@@ -31,6 +31,7 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
     usable = np.array([edge for edge, match in enumerate(matches) if match.verdict.has_depth], np.int32)
     waiting = [usable]
     results: list[AlignmentResult] = []
+    dropped: list[tuple[int, int]] = []
     while waiting:
         candidates = waiting.pop()
         pairs = np.array([(matches[edge].first, matches[edge].second) for edge in candidates], np.int32).reshape(-1, 2)
@@ -39,7 +40,10 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
                 continue
             inside = candidates[np.isin(pairs[:, 0], part)]
             kept, result = _align_part([matches[edge] for edge in inside], part, config)
-            if result is None:
+            if result is not None:
+                kept = ~_doubtful_bridges([matches[edge] for edge in inside], part, dropped)
+            if result is None or not kept.all():
+                dropped += [(matches[edge].first, matches[edge].second) for edge in inside[~kept]]
                 waiting.append(inside[kept])
             else:
                 results.append(replace(result, edges=inside))
@@ -70,6 +74,25 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
         history=history,
         stop_reason=f"positions settled after {len(history)} steps",
     )
+
+
+def _doubtful_bridges(matches: list[PairMatches], images: Int32, dropped: list[tuple[int, int]]) -> Bool:
+    """Which edges [E] alone join two halves of a part, where other edges between the same halves had to be dropped.
+
+    The last of several contradicting edges is contradicted by nothing any more; that does not make it right.
+    """
+    pairs = np.searchsorted(images, [(match.first, match.second) for match in matches]).astype(np.int32)
+    inside = set(images.tolist())
+    suspects = np.searchsorted(images, [pair for pair in dropped if inside.issuperset(pair)]).reshape(-1, 2)
+    doubtful = np.zeros(len(matches), bool)
+    if not len(suspects):
+        return doubtful
+    for _, _, edge in spanning_tree(make_edges(matches, images)):
+        others = np.delete(pairs, edge, axis=0)
+        halves = components(len(images), others)
+        if len(halves) > 1:
+            doubtful[edge] = bool((np.isin(suspects[:, 0], halves[0]) != np.isin(suspects[:, 1], halves[0])).any())
+    return doubtful
 
 
 def _best_first(excess: Float64) -> Bool:

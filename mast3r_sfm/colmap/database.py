@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ def write_database(path: Path, content: DatabaseContent) -> None:
             database.close()
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(f"cannot write {path}: {error}; free the space or choose another folder") from error
 
 

@@ -18,8 +18,6 @@ from mast3r_sfm.types import Float64
 MAX_REFINEMENTS = 5
 MAX_CHANGE = 0.0005
 """Share of the observations that a round of refinement may still change when it is the last."""
-MIN_OBSERVATIONS = 20
-"""Points an image must see to stay registered."""
 
 
 @dataclass(frozen=True, kw_only=True)

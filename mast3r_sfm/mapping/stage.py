@@ -52,13 +52,12 @@ def write_matches(path: Path, given: MapInput, camera_model: str) -> None:
 
 
 def trusted_matches(given: MapInput) -> list[PairMatches]:
-    """The verified pairs, without those that contradict the alignment of their part."""
-    part_of_image = {int(image): number for number, part in enumerate(given.parts) for image in part.images}
+    """The verified pairs, without those that contradict the alignment of the images that they join."""
+    aligned = {int(image) for part in given.parts for image in part.images}
     agreeing = {int(edge) for part in given.parts for edge in part.edges}
     trusted = []
     for edge, match in enumerate(given.matches):
-        part = part_of_image.get(match.first)
-        contradicts = part is not None and part == part_of_image.get(match.second) and edge not in agreeing
+        contradicts = match.first in aligned and match.second in aligned and edge not in agreeing
         if match.verdict.is_link and not (match.verdict.has_depth and contradicts):
             trusted.append(match)
     return trusted

