@@ -15,6 +15,8 @@ from mast3r_sfm.geometry.rigid import make_pose
 from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches
 
 CODE_VERSION = 1
+BRIDGE_LEAD = 2.0
+"""How many times the evidence of refuted pairs the only pair between two halves must have to be believed."""
 
 
 def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) -> list[AlignmentResult]:
@@ -31,7 +33,7 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
     usable = np.array([edge for edge, match in enumerate(matches) if match.verdict.has_depth], np.int32)
     waiting = [usable]
     results: list[AlignmentResult] = []
-    dropped: list[tuple[int, int]] = []
+    dropped: list[PairMatches] = []
     while waiting:
         candidates = waiting.pop()
         pairs = np.array([(matches[edge].first, matches[edge].second) for edge in candidates], np.int32).reshape(-1, 2)
@@ -43,7 +45,7 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
             if result is not None:
                 kept = ~_doubtful_bridges([matches[edge] for edge in inside], part, dropped)
             if result is None or not kept.all():
-                dropped += [(matches[edge].first, matches[edge].second) for edge in inside[~kept]]
+                dropped += [matches[edge] for edge in inside[~kept]]
                 waiting.append(inside[kept])
             else:
                 results.append(replace(result, edges=inside))
@@ -76,22 +78,22 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
     )
 
 
-def _doubtful_bridges(matches: list[PairMatches], images: Int32, dropped: list[tuple[int, int]]) -> Bool:
-    """Which edges [E] alone join two halves of a part, where other edges between the same halves had to be dropped.
+def _doubtful_bridges(matches: list[PairMatches], images: Int32, dropped: list[PairMatches]) -> Bool:
+    """Which edges [E] alone join two halves of a part, where edges as good between the same halves had to be dropped.
 
     The last of several contradicting edges is contradicted by nothing any more; that does not make it right.
     """
-    pairs = np.searchsorted(images, [(match.first, match.second) for match in matches]).astype(np.int32)
     inside = set(images.tolist())
-    suspects = np.searchsorted(images, [pair for pair in dropped if inside.issuperset(pair)]).reshape(-1, 2)
+    refuted = make_edges([match for match in dropped if inside.issuperset((match.first, match.second))], images)
+    edges = make_edges(matches, images)
     doubtful = np.zeros(len(matches), bool)
-    if not len(suspects):
+    if not len(refuted.pairs):
         return doubtful
-    for _, _, edge in spanning_tree(make_edges(matches, images)):
-        others = np.delete(pairs, edge, axis=0)
-        halves = components(len(images), others)
+    for _, _, edge in spanning_tree(edges):
+        halves = components(len(images), np.delete(edges.pairs, edge, axis=0))
         if len(halves) > 1:
-            doubtful[edge] = bool((np.isin(suspects[:, 0], halves[0]) != np.isin(suspects[:, 1], halves[0])).any())
+            across = np.isin(refuted.pairs[:, 0], halves[0]) != np.isin(refuted.pairs[:, 1], halves[0])
+            doubtful[edge] = float(edges.weight[edge]) < BRIDGE_LEAD * float(refuted.weight[across].max(initial=0.0))
     return doubtful
 
 

@@ -38,6 +38,7 @@ class Mapper:
         """Load the correspondences of `database`."""
         with pycolmap.Database.open(str(database)) as opened:
             self._cache = pycolmap.DatabaseCache.create(opened, pycolmap.DatabaseCacheOptions())
+        self._cameras = {number: (camera.model, list(camera.params)) for number, camera in self._cache.cameras.items()}
         self._settings = settings
         self._options = _mapper_options(settings)
 
@@ -47,6 +48,7 @@ class Mapper:
         Args:
             poses: cam_from_world [3, 4] by image number (0-based), approximate.
         """
+        self._hold_distortion(poses)
         reconstruction = pycolmap.Reconstruction()
         reconstruction.load(self._cache)
         for image, pose in poses.items():
@@ -55,8 +57,6 @@ class Mapper:
             reconstruction.register_frame(frame.frame_id)
         mapper = pycolmap.IncrementalMapper(self._cache)
         mapper.begin_reconstruction(reconstruction)
-        # Not before: the mapper wants to find the database's cameras.
-        undistorted = _hold_distortion(reconstruction, poses)
         triangulation = self._triangulation_options(len(poses))
         self._triangulate_all(mapper, reconstruction, triangulation)
         self._adjust(mapper, triangulation)
@@ -65,9 +65,24 @@ class Mapper:
         self._settle_principal_points(mapper, reconstruction, triangulation)
         _one_observation_per_image(mapper.observation_manager, reconstruction)
         mapper.end_reconstruction(False)
-        for number in sorted(set(undistorted).intersection(reconstruction.cameras)):
-            _change_model(reconstruction.camera(number), self._settings.config.camera_model)
+        for camera in reconstruction.cameras.values():
+            if camera.model.name != self._settings.config.camera_model:
+                _change_model(camera, self._settings.config.camera_model)
         return ColmapModel(reconstruction)
+
+    def _hold_distortion(self, images: Iterable[int]) -> None:
+        """Take the distortion from cameras that took few of the images (0-based).
+
+        With few images, distortion explains away outliers and errors of the focal length: on ten internet photos of
+        ten cameras it costs a tenth of AUC@5.
+        """
+        taken = Counter(self._cache.image(image + 1).camera_id for image in images)
+        for number, (model, params) in self._cameras.items():
+            # In the database's copy: the mapper registers images by it, and wants both to agree.
+            camera = self._cache.camera(number)
+            camera.model, camera.params = model, params
+            if taken[number] < MIN_IMAGES:
+                _change_model(camera, "SIMPLE_PINHOLE")
 
     def _settle_principal_points(
         self,
@@ -140,19 +155,6 @@ class Mapper:
     @property
     def _max_error(self) -> float:
         return self._settings.config.max_reprojection_error_px * self._settings.pixel_scale
-
-
-def _hold_distortion(reconstruction: pycolmap.Reconstruction, images: Iterable[int]) -> list[int]:
-    """Take the distortion from cameras that took few of the images (0-based); returns their ids.
-
-    With few images, distortion explains away outliers and errors of the focal length: on ten internet photos of ten
-    cameras it costs a tenth of AUC@5.
-    """
-    taken = Counter(reconstruction.image(image + 1).camera_id for image in images)
-    few = [number for number in sorted(reconstruction.cameras) if taken[number] < MIN_IMAGES]
-    for number in few:
-        _change_model(reconstruction.camera(number), "SIMPLE_PINHOLE")
-    return few
 
 
 def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
