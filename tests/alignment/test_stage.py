@@ -233,6 +233,16 @@ def test_two_scenes_and_a_wrong_pair_between_them_stay_right_inside() -> None:
         assert max(errors(alone, scene)) < 1e-3
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_last_of_contradicting_pairs_joins_nothing(seed: int) -> None:
+    scene = ring(8)
+    rng = np.random.default_rng(seed)
+    matches = exact_matches(scene, [*combinations(range(4), 2), *combinations(range(4, 8), 2)])
+    matches += [turned_wrong(scene.matches(*pair), rng) for pair in ((0, 5), (1, 6), (2, 4), (3, 7))]
+    results = align(matches, 8, CONFIG)
+    assert [result.images.tolist() for result in results] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_a_turning_camera_alone_gives_nothing() -> None:
     scene = turning(4)
     matches = [without_depth(scene.matches(*pair), Verdict.PURE_ROTATION) for pair in all_pairs(4)]

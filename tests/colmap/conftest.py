@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mast3r_sfm.colmap.database import DatabaseContent, write_database
 from mast3r_sfm.mapping.keypoints import share_keypoints
-from mast3r_sfm.types import PairMatches
+from mast3r_sfm.types import PairMatches, Rig
 from tests.exact import Scene
 
 MakeContent = Callable[..., DatabaseContent]
@@ -26,14 +27,18 @@ def make_content() -> MakeContent:
         *,
         focal_factor: float = 1.0,
         camera_model: str = "SIMPLE_RADIAL",
+        own_cameras: bool = False,
     ) -> DatabaseContent:
         number = len(scene.poses)
         if matches is None:
             matches = [scene.matches(*pair) for pair in combinations(range(number), 2)]
         keypoints, indices = share_keypoints(matches, number)
+        rig = scene.rig(focal_factor=focal_factor)
+        if own_cameras:
+            rig = Rig(cameras=rig.cameras * number, camera_of_image=np.arange(number, dtype=np.int32))
         return DatabaseContent(
             names=[f"left/{image:02d}.jpg" for image in range(number)],
-            rig=scene.rig(focal_factor=focal_factor),
+            rig=rig,
             camera_model=camera_model,
             keypoints=keypoints,
             matches=matches,

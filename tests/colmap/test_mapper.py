@@ -89,6 +89,34 @@ def test_an_image_without_a_pose_is_registered(make_database: MakeDatabase) -> N
     assert errors(model, scene).error_deg.max() < 0.05
 
 
+def test_cameras_of_one_photo_each_get_no_distortion(make_database: MakeDatabase) -> None:
+    scene = arc()
+    database = make_database(scene, own_cameras=True, focal_factor=1.05)
+    model = Mapper(database, settings()).build(nudged(scene, [0, 1, 2, 4, 5]))
+    assert len(model.cam_from_world) == NUMBER  # the last one is registered with a camera of its own
+    assert errors(model, scene).error_deg.max() < 0.1
+    for camera in model.cameras.values():
+        assert camera.model == "SIMPLE_RADIAL"
+        assert camera.params[0] == pytest.approx(600, rel=0.01)
+        assert camera.params[3] == 0
+
+
+@pytest.mark.parametrize("shift_px", [0.0, 12.0])
+def test_the_principal_point_moves_only_where_it_is_off(make_database: MakeDatabase, shift_px: float) -> None:
+    scene = arc()
+    noise = 0.3 * np.random.default_rng(1).normal(size=(NUMBER, 250, 2)) + [shift_px, 0.0]
+    matches = [noisy(scene, *pair, noise) for pair in combinations(range(NUMBER), 2)]
+    model = Mapper(make_database(scene, matches), settings()).build(nudged(scene, range(NUMBER)))
+    camera = model.cameras["left/00.jpg"]
+    x, y = camera.params[1:3]
+    if shift_px:
+        assert x == pytest.approx(camera.width_px / 2 + shift_px, abs=3)
+        assert abs(y - camera.height_px / 2) < 3
+    else:
+        assert (x, y) == (camera.width_px / 2, camera.height_px / 2)
+    assert errors(model, scene).error_deg.max() < 0.3
+
+
 def test_two_images_are_enough(make_database: MakeDatabase) -> None:
     scene = ring(2, turn_deg=40, points=120)
     model = Mapper(make_database(scene), settings()).build(dict(enumerate(scene.poses)))
