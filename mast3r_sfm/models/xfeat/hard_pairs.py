@@ -18,7 +18,7 @@ from mast3r_sfm.types import Encoding
 
 MIN_CONFIDENCE = 0.1
 MAX_KEYPOINTS = 2048
-"""Attention costs the square of their number: half a second a pair on two cores, against eight for twice as many."""
+"""Attention costs the square of their number; with this many, a pair takes half a second on two cores."""
 # The architecture that the weights were trained for.
 LAYERS, HEADS, WIDTH, INPUT = 6, 1, 96, 64
 
