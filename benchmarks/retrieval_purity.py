@@ -48,7 +48,7 @@ def encode_all() -> tuple[list[Encoding], list[str]]:
         photos = list_images(common.data_root() / name / "images", config.prepare, SilentProgress())
         pattern = common.SCENE_IN_NAME.get(name)
         for record in photos.records:
-            encodings += model.encode([load_image(photos.root, record, config.encode.max_size_px)])
+            encodings += model.encode([load_image(photos.root, record, model.preparation)])
             scene = pattern.fullmatch(record.name) if pattern else None
             places.append(scene[1] if scene else SAME_PLACE.get(name, name))
     return encodings, places

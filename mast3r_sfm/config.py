@@ -47,13 +47,18 @@ class EncodeConfig:
 
     model: str = "auto"
     """auto, xfeat, or another registered model."""
-    max_size_px: int = 1024
-    """Photos are shrunk (never enlarged) until their long side is at most this."""
+    max_size_px: int = 0
+    """Long side of the photo as the network sees it, at most; 0 = what suits the model (xfeat: 1024)."""
     keypoints: int = 4096
     """Keypoints kept per image, the strongest first (models with keypoints)."""
 
     def __post_init__(self) -> None:
-        _require(self.max_size_px >= 64, "encode.max_size_px", self.max_size_px, "must be at least 64")
+        _require(
+            self.max_size_px == 0 or self.max_size_px >= 64,
+            "encode.max_size_px",
+            self.max_size_px,
+            "must be 0 (auto) or at least 64",
+        )
         _require(self.keypoints >= 64, "encode.keypoints", self.keypoints, "must be at least 64")
 
 

@@ -215,13 +215,12 @@ class _Run:
         return cache
 
     def _encode(self, photos: ImageSet, model: PairModel, report: _Draft) -> StoredEncodings:
-        size = self.config.encode.max_size_px
         contents = [(record.name, record.sha256, record.orientation) for record in photos.records]
-        report.key = fingerprint("encode", ENCODE_VERSION, model.fingerprint, size, contents)
+        report.key = fingerprint("encode", ENCODE_VERSION, model.fingerprint, model.preparation, contents)
         cache = self._cache("encode", report.key)
 
         def encode(record: ImageRecord) -> Encoding:
-            return model.encode([load_image(photos.root, record, size)])[0]
+            return model.encode([load_image(photos.root, record, model.preparation)])[0]
 
         # Images side by side, each on one thread, are half again as fast as one image on several threads.
         with (

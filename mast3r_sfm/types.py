@@ -124,12 +124,36 @@ class PixelTransform:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a model wants its images; `images.framing` says what follows from it.
+
+    Models without patches take photos as they are, only smaller. Models with patches were trained on images of one
+    long side whose sides are multiples of the patch: their photos are enlarged, too, and cropped.
+    """
+
+    size_px: int
+    """Long side of what the network sees, at most; with `square_crop`, its only side."""
+    patch_px: int = 0
+    """Side of the patches; 0: photos are only ever shrunk."""
+    square_ok: bool = False
+    """The network takes square images; otherwise they are cropped to 4:3. For models with patches."""
+    square_crop: bool = False
+    """The network takes nothing but square images: the short side is resized and the long one cropped to it."""
+
+    def __post_init__(self) -> None:
+        if self.patch_px < 0 or self.size_px < max(self.patch_px, 1):
+            raise ShapeError(f"Preparation: patches of {self.patch_px} px do not fit into images of {self.size_px} px")
+        if self.patch_px == 0 and (self.square_ok or self.square_crop):
+            raise ShapeError("Preparation: square_ok and square_crop are for models with patches, set patch_px too")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedImage:
     """Pixels ready for a network, upright, and the way back to the photo."""
 
     record: ImageRecord
     pixels: NDArray[np.uint8]
-    """[H, W, 3] sRGB, EXIF orientation applied, resized."""
+    """[H, W, 3] sRGB, EXIF orientation applied, resized and cropped."""
     transform: PixelTransform
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from mast3r_sfm.types import Encoding, LoadedImage, PairPrediction
+from mast3r_sfm.types import Encoding, LoadedImage, PairPrediction, Preparation
 
 
 class PairModel(Protocol):
@@ -20,6 +20,8 @@ class PairModel(Protocol):
     """sha256 of weights and code version; enters the cache keys."""
     retrieval_tokens: int
     """How many tokens of highest attention describe an image best."""
+    preparation: Preparation
+    """How the images that `encode` is given must be loaded; enters the cache keys."""
 
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
         """Encode images, each by itself; the result does not depend on what else is in the batch."""

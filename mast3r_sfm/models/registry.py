@@ -14,7 +14,7 @@ from mast3r_sfm.models.base import PairModel
 def _load_xfeat(config: EncodeConfig, device: torch.device) -> PairModel:
     from mast3r_sfm.models.xfeat.model import XFeatModel
 
-    return XFeatModel(config.keypoints, device)
+    return XFeatModel(config.keypoints, device, config.max_size_px)
 
 
 def _xfeat_problem() -> str:

