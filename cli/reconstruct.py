@@ -35,6 +35,9 @@ class Flags:
     camera_model: str | None
     single_camera: bool
     device: str
+    dtype: str | None
+    tf32: bool
+    compiled: bool
     threads: int
     as_json: bool
     quiet: bool
@@ -51,7 +54,12 @@ class Flags:
     @property
     def all_assignments(self) -> Sequence[str]:
         """--set and the options that stand for one of its settings; the latter win."""
-        shorthands = {"encode.model": self.model, "seed": self.seed, "map.camera_model": self.camera_model}
+        shorthands = {
+            "encode.model": self.model,
+            "match.dtype": self.dtype,
+            "seed": self.seed,
+            "map.camera_model": self.camera_model,
+        }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
         return [*self.assignments, *own, *(["prepare.cameras=single"] if self.single_camera else [])]
 
@@ -62,12 +70,19 @@ class Flags:
 @click.option(
     "-o", "--output", "--output-path", metavar="OUT", required=True, type=click.Path(path_type=Path), help="New folder."
 )
-@click.option("--model", metavar="NAME", help="auto (the best that is installed) or xfeat.  [default: auto]")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="auto (the best that is installed), xfeat, mast3r, … or the path of a checkpoint.  [default: auto]",
+)
 @settings_options
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
 @click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
 @click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option("--dtype", metavar="TYPE", help="Of a decoder: float32, float16 or bfloat16.  [default: fits the device]")
+@click.option("--tf32", is_flag=True, help="Let CUDA round float32 products: several times faster.")
+@click.option("--compile", "compiled", is_flag=True, help="Let torch.compile fuse the network; needs a C++ compiler.")
 @click.option("--threads", default=0, help="CPU threads.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, the content of run.json, on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; warnings and errors only.")
@@ -88,7 +103,9 @@ def reconstruct(**flags: Any) -> int:
 
 def _run(flags: Flags) -> int:
     config = read_config(flags.config_file, flags.all_assignments)
-    options = RunOptions(device=flags.device, threads=flags.threads, resume=flags.resume)
+    options = RunOptions(
+        device=flags.device, threads=flags.threads, tf32=flags.tf32, compiled=flags.compiled, resume=flags.resume
+    )
     images = flags.image_folder
     check_output(images, flags.output, overwrite=flags.overwrite)
 

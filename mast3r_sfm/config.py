@@ -28,6 +28,9 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name} = {value!r}: {rule}")
 
 
+DecoderType = Literal["auto", "float32", "float16", "bfloat16"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Which photos, and which of them share a camera."""
@@ -46,7 +49,7 @@ class EncodeConfig:
     """What the network sees."""
 
     model: str = "auto"
-    """auto, xfeat, or another registered model."""
+    """auto, xfeat, mast3r, other official weights, or the path of a checkpoint."""
     max_size_px: int = 0
     """Long side of the photo as the network sees it, at most; 0 = what suits the model (xfeat: 1024)."""
     keypoints: int = 4096
@@ -88,6 +91,8 @@ class PairsConfig:
 class MatchConfig:
     """Matching and the two-view check."""
 
+    dtype: DecoderType = "auto"
+    """What the decoder of a pointmap model computes in; auto: float16 on CUDA, float32 elsewhere."""
     min_similarity: float = 0.8
     """Cosine below which two descriptors are not a match."""
     max_epipolar_error_px: float = 2.0
@@ -221,6 +226,10 @@ class RunOptions:
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int = 0
     """CPU threads; 0 = all that this process may use."""
+    tf32: bool = False
+    """Let CUDA round float32 products to TF32: several times faster."""
+    compiled: bool = False
+    """Let torch.compile fuse the blocks of a pointmap model: slow to start, then faster; needs a C++ compiler."""
     resume: bool = True
     """Take finished parts of an earlier run from OUT/cache."""
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import load_image
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.matching import stage as match_stage
-from mast3r_sfm.models.base import PairModel
+from mast3r_sfm.models.base import DenseModel, PairModel
 from mast3r_sfm.models.registry import load_model, resolve_name
 from mast3r_sfm.progress import Progress, SilentProgress, steps
 from mast3r_sfm.retrieval.stage import build_view_graph
@@ -41,6 +42,7 @@ from mast3r_sfm.types import (
     ImageRecord,
     ImageSet,
     LeftOut,
+    LoadedImage,
     ModelSummary,
     PairMatches,
     Rig,
@@ -201,7 +203,14 @@ class _Run:
 
     def _load_model(self) -> PairModel:
         name = resolve_name(self.config.encode.model)
-        model = load_model(name, device=self.options.device, config=self.config.encode)
+        model = load_model(
+            name,
+            device=self.options.device,
+            dtype=self.config.match.dtype,
+            tf32=self.options.tf32,
+            compiled=self.options.compiled,
+            config=self.config.encode,
+        )
         self.model_name, self.model_fingerprint = model.name, model.fingerprint
         chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
         self.recorder.note(f"model: {model.name}{chosen}")
@@ -219,13 +228,21 @@ class _Run:
         report.key = fingerprint("encode", ENCODE_VERSION, model.fingerprint, model.preparation, contents)
         cache = self._cache("encode", report.key)
 
-        def encode(record: ImageRecord) -> Encoding:
-            return model.encode([load_image(photos.root, record, model.preparation)])[0]
+        def load(record: ImageRecord) -> LoadedImage:
+            return load_image(photos.root, record, model.preparation)
 
-        # Images side by side, each on one thread, are half again as fast as one image on several threads.
+        def encode_all(records: Sequence[ImageRecord]) -> Iterator[list[Encoding]]:
+            if model.images_at_once == 1:
+                yield from pool.map(lambda record: model.encode([load(record)]), records)
+                return
+            loaded = pool.map(load, records)
+            while some := list(islice(loaded, model.images_at_once)):
+                yield model.encode(some)
+
+        # Small networks: images side by side, each on one thread, are half again as fast as one on several threads.
         with (
             steps(self.recorder, "encode", len(photos), "image"),
-            _torch_threads(1),
+            _torch_threads(1 if model.images_at_once == 1 else self.threads),
             ThreadPoolExecutor(self.threads) as pool,
         ):
             for chunk, start in enumerate(range(0, len(photos), IMAGES_PER_CHUNK)):
@@ -235,9 +252,9 @@ class _Run:
                     self.recorder.advance(len(records))
                     continue
                 encodings: list[Encoding] = []
-                for encoding in pool.map(encode, records):
-                    encodings.append(encoding)
-                    self.recorder.advance()
+                for some in encode_all(records):
+                    encodings += some
+                    self.recorder.advance(len(some))
                 cache.write(chunk, *pack(encodings))
         report.counts = {"images": len(photos)}
         return StoredEncodings(cache, len(photos))
@@ -278,8 +295,8 @@ class _Run:
         matcher = match_stage.Matcher(
             model=model, encodings=encodings, config=config.match, seed=config.seed, threads=self.threads
         )
-        # One pair per thread: torch's own threads would only get in the way.
-        with _torch_threads(1):
+        # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
+        with _torch_threads(self.threads if isinstance(model, DenseModel) else 1):
             edges, report.resumed = matcher.check_graph(graph, cache, self.recorder)
         rig = matcher.estimate_rig(edges, photos.records)
         matches = matcher.calibrate(edges, rig)

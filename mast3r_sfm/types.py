@@ -8,6 +8,7 @@ applied, because that is how COLMAP reads photos and because one sensor then has
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -186,25 +187,33 @@ class Encoding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairPrediction:
-    """What a dense model says of a pair; never stored whole. Torch tensors on the model's device."""
+class ViewPrediction:
+    """What a dense model says of one view of a pair; never stored. Torch tensors on the model's device."""
 
-    points_in_first: torch.Tensor
-    """[2, H, W, 3] pointmaps of both views in the first camera's frame, up to one scale."""
-    confidence: torch.Tensor
-    """[2, H, W], at least 1."""
     descriptors: torch.Tensor
-    """[2, H, W, D], unit length."""
+    """[H, W, D]."""
     descriptor_confidence: torch.Tensor
-    """[2, H, W], positive."""
+    """[H, W], positive."""
+    points_at: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    """[M] pixels (row · W + column) to their points [M, 3] in the first camera's frame, up to the pair's scale, and the
+    confidence [M], at least 1, of these. A pointmap is dear and used at few pixels, so it never comes whole."""
 
     def __post_init__(self) -> None:
-        views, height, width, three = self.points_in_first.shape
-        grid = (2, height, width)
-        if (views, three) != (2, 3) or any(
-            tuple(value.shape[:3]) != grid for value in (self.confidence, self.descriptors, self.descriptor_confidence)
-        ):
-            raise ShapeError("PairPrediction: all maps must have the shape [2, H, W, …]")
+        if self.descriptors.ndim != 3 or self.descriptors.shape[:2] != self.descriptor_confidence.shape:
+            raise ShapeError(
+                f"ViewPrediction: descriptors {tuple(self.descriptors.shape)} and their confidence "
+                f"{tuple(self.descriptor_confidence.shape)} must be [H, W, D] and [H, W]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPrediction:
+    """What a dense model says of a pair in one order; the first view is the reference frame."""
+
+    first: ViewPrediction
+    second: ViewPrediction
+    euclidean: bool = False
+    """Descriptors are compared by distance; otherwise they have unit length and are compared by their product."""
 
 
 class Reason(enum.IntEnum):

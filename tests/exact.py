@@ -37,6 +37,7 @@ from mast3r_sfm.types import (
     LoadedImage,
     PairMatches,
     PixelTransform,
+    Preparation,
     Reason,
     Rig,
     Verdict,
@@ -176,6 +177,7 @@ class Describer:
     name = "describer"
     fingerprint = "0" * 64
     retrieval_tokens = 100
+    preparation = Preparation(size_px=max(WIDTH_PX, HEIGHT_PX))
 
     def __init__(self, scene: Scene, *, photo_scale: float = 1.0, strangers: int = 0, seed: int = 0) -> None:
         self._scene, self._photo_scale, self._strangers, self._seed = scene, photo_scale, strangers, seed

@@ -44,7 +44,7 @@ def turned_by(orientation: int, size: tuple[int, int]) -> tuple[int, int]:
     return size if orientation < 5 else size[::-1]
 
 
-def frame(upright: tuple[int, int], preparation: Preparation) -> Framing:
+def frame_photo(upright: tuple[int, int], preparation: Preparation) -> Framing:
     """How a photo of that width and height, upright, becomes what a model wants.
 
     Without patches, its long side is shrunk to `size_px`. With patches, it follows MASt3R's preparation: the long
@@ -102,9 +102,8 @@ def _fitted(upright: tuple[int, int], preparation: Preparation) -> tuple[int, tu
 
 def _cropped(resized: tuple[int, int], preparation: Preparation) -> tuple[int, int]:
     patch = preparation.patch_px
-    limit = preparation.size_px if not preparation.square_crop else min(resized)
-    columns, rows = (min(side, limit) // patch for side in resized)
+    columns, rows = (min(side, preparation.size_px) // patch for side in resized)
     if resized[0] == resized[1] and not (preparation.square_ok or preparation.square_crop):
-        # Three quarters, to the nearest whole patch; the smaller of two equally near, so that it is never square.
+        # Three quarters, to the nearest whole patch; the smaller of two equally near, or two patches would stay two.
         rows = max(1, (3 * rows + 1) // 4)
     return columns * patch, rows * patch

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.images.decoding import decode, is_decoded_upright, open_image, stored_size, to_rgb
-from mast3r_sfm.images.framing import Framing, frame, photo_from_network, turned_by
+from mast3r_sfm.images.framing import Framing, frame_photo, photo_from_network, turned_by
 from mast3r_sfm.types import ImageRecord, LoadedImage, Preparation
 
 _UPRIGHT = {
@@ -23,6 +23,7 @@ _UPRIGHT = {
 }
 """What turns stored pixels upright, by EXIF orientation."""
 
+
 def load_image(root: Path, record: ImageRecord, preparation: Preparation) -> LoadedImage:
     """Read a photo as 8-bit RGB, upright, resized and cropped as a model wants it.
 
@@ -34,7 +35,7 @@ def load_image(root: Path, record: ImageRecord, preparation: Preparation) -> Loa
     """
     path = root / record.name
     stored = (record.width_px, record.height_px)
-    framing = frame(turned_by(record.orientation, stored), preparation)
+    framing = frame_photo(turned_by(record.orientation, stored), preparation)
     read = _read_shrunk if preparation.patch_px == 0 else _read_whole
     # Pillow raises many types for broken files; all of them mean the same to the user.
     try:

@@ -6,6 +6,7 @@ the same for a phone photo of 48 megapixels and for a thumbnail.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class EpipolarEdge:
     confidence: Float32
     """[M]."""
     points_first: Float64 | None
-    """[M, 3] 3D points in the first camera's frame from a pointmap model; None from a keypoint model."""
+    """[M, 3] 3D points in the first camera's frame, of a link that a pointmap model found; else None."""
     points_second: Float64 | None
     fundamental: Float64
     """[3, 3] x₂ᵀ F x₁ = 0."""
@@ -65,17 +66,19 @@ class Putative:
     xy_first: Float64
     xy_second: Float64
     confidence: Float32
-    points_first: Float64 | None = None
-    points_second: Float64 | None = None
+    points: Callable[[Int64], tuple[Float64, Float64]] | None = None
+    """From a pointmap model, the 3D points of both views, [K, 3] each in its own camera's frame and both in one scale,
+    of the matches with these numbers; made when they are asked for."""
 
     def subset(self, index: Int64 | Bool) -> Putative:
         """The matches that `index` (integers or a mask) picks, in its order."""
+        points = self.points
+        numbers = np.arange(len(self.xy_first))[index]
         return Putative(
             xy_first=self.xy_first[index],
             xy_second=self.xy_second[index],
             confidence=self.confidence[index],
-            points_first=None if self.points_first is None else self.points_first[index],
-            points_second=None if self.points_second is None else self.points_second[index],
+            points=None if points is None else lambda chosen: points(numbers[chosen]),
         )
 
 
@@ -121,11 +124,18 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
             kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **options}
         )
         homography_share = float(info["num_inliers"]) / len(kept.xy_first)
+    points_first, points_second = None, None
+    if enough and kept.points is not None:
+        points_first, points_second = kept.points(np.arange(len(kept.xy_first)))
     verdict = Verdict.GOOD if enough else Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW
     return EpipolarEdge(
         first=pair[0],
         second=pair[1],
-        **vars(kept),
+        xy_first=kept.xy_first,
+        xy_second=kept.xy_second,
+        confidence=kept.confidence,
+        points_first=points_first,
+        points_second=points_second,
         fundamental=np.asarray(fundamental, np.float64),
         homography=np.asarray(homography, np.float64),
         homography_share=homography_share,

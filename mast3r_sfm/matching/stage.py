@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -23,6 +24,9 @@ from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches
 
 CODE_VERSION = 1
 PAIRS_PER_CHUNK = 64
+_DENSE_WORKERS = 4
+"""While the network decodes some pairs, this many threads less one check what it found before; each keeps a few pairs'
+decoded tokens in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,8 @@ class Matcher:
         """
         edges: list[EpipolarEdge] = []
         resumed = 0
-        with steps(progress, "match", len(graph.pairs), "pair"), ThreadPoolExecutor(self.threads) as pool:
+        workers = min(self.threads, _DENSE_WORKERS) if isinstance(self.model, DenseModel) else self.threads
+        with steps(progress, "match", len(graph.pairs), "pair"), ThreadPoolExecutor(workers) as pool:
             for chunk, start in enumerate(range(0, len(graph.pairs), PAIRS_PER_CHUNK)):
                 pairs = [(int(i), int(j)) for i, j in graph.pairs[start : start + PAIRS_PER_CHUNK]]
                 stored = cache.read(chunk)
@@ -52,10 +57,11 @@ class Matcher:
                     resumed += 1
                     progress.advance(len(pairs))
                     continue
-                done = []
-                for edge in _ordered(pool, self._tasks(pairs), 2 * self.threads):
-                    done.append(edge)
-                    progress.advance()
+                found: dict[tuple[int, int], EpipolarEdge] = {}
+                for some in _ordered(pool, self._tasks(pairs), 2 * workers):
+                    found.update({(edge.first, edge.second): edge for edge in some})
+                    progress.advance(len(some))
+                done = [found[pair] for pair in pairs]
                 cache.write(chunk, _pack(done))
                 edges += done
             if edges and isinstance(self.model, KeypointModel):
@@ -79,17 +85,33 @@ class Matcher:
 
         return settle_hanging_pairs(edges, num_images, rematch, pool)
 
-    def _tasks(self, pairs: list[tuple[int, int]]) -> Iterator[Callable[[], EpipolarEdge]]:
+    def _tasks(self, pairs: list[tuple[int, int]]) -> Iterator[Callable[[], list[EpipolarEdge]]]:
+        """What the pool does, a few pairs at a time; encodings are read here, in one thread."""
+        if not isinstance(self.model, DenseModel):
+            for pair in pairs:
+                yield partial(self._check_keypoints, pair, (self.encodings[pair[0]], self.encodings[pair[1]]))
+            return
+        sizes: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
         for pair in pairs:
-            # Read here, in one thread; matched and checked in the pool.
-            first, second = self.encodings[pair[0]], self.encodings[pair[1]]
-            if isinstance(self.model, DenseModel):
-                putative = match_dense(self.model, first, second)
-                yield lambda pair=pair, putative=putative: check_pair(pair, putative, self.config, self.seed)  # type: ignore[misc]
-            else:
-                yield lambda pair=pair, first=first, second=second: check_pair(  # type: ignore[misc]
-                    pair, match_keypoints(first, second, self.config), self.config, self.seed
+            sizes.setdefault(tuple(self.encodings[image].network_size for image in pair), []).append(pair)
+        for alike in sizes.values():
+            for start in range(0, len(alike), self.model.pairs_at_once):
+                some = alike[start : start + self.model.pairs_at_once]
+                yield partial(
+                    self._check_dense, self.model, some, [(self.encodings[i], self.encodings[j]) for i, j in some]
                 )
+
+    def _check_keypoints(self, pair: tuple[int, int], views: tuple[Encoding, Encoding]) -> list[EpipolarEdge]:
+        return [check_pair(pair, match_keypoints(*views, self.config), self.config, self.seed)]
+
+    def _check_dense(
+        self, model: DenseModel, pairs: list[tuple[int, int]], views: list[tuple[Encoding, Encoding]]
+    ) -> list[EpipolarEdge]:
+        putative = [
+            (number, match_dense((forward, backward), *views[number]))
+            for number, forward, backward in model.predict(views)
+        ]
+        return [check_pair(pairs[number], matches, self.config, self.seed) for number, matches in putative]
 
     def calibrate(self, edges: Sequence[EpipolarEdge], rig: Rig) -> list[PairMatches]:
         """Relative pose, points and verdict of every edge, given the cameras."""
@@ -136,8 +158,8 @@ def _view(encoding: Encoding, camera: Camera) -> View:
 
 
 def _ordered(
-    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], EpipolarEdge]], ahead: int
-) -> Iterator[EpipolarEdge]:
+    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], list[EpipolarEdge]]], ahead: int
+) -> Iterator[list[EpipolarEdge]]:
     """Results in the order of the tasks; no more than `ahead` tasks are made before they are needed."""
     waiting = []
     for task in tasks:

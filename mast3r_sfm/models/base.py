@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,9 @@ class PairModel(Protocol):
     """As `--model` takes it."""
     fingerprint: str
     """sha256 of weights and code version; enters the cache keys."""
+    images_at_once: int
+    """How many images are best handed to `encode` together, with all threads; 1: images are best encoded side by side,
+    each on one thread."""
     retrieval_tokens: int
     """How many tokens of highest attention describe an image best."""
     preparation: Preparation
@@ -45,6 +48,16 @@ class KeypointModel(PairModel, Protocol):
 class DenseModel(PairModel, Protocol):
     """A model that predicts pointmaps and dense descriptors for a pair."""
 
-    def predict(self, first: Encoding, second: Encoding) -> PairPrediction:
-        """Decode one order of a pair; the first image is the reference frame."""
+    pairs_at_once: int
+    """How many pairs of one shape are best handed to `predict` together."""
+
+    def predict(
+        self, pairs: Sequence[tuple[Encoding, Encoding]]
+    ) -> Iterator[tuple[int, PairPrediction, PairPrediction]]:
+        """Decode pairs in both orders.
+
+        Yields:
+            the number of a pair in `pairs`, in any order; its prediction with the first image as the reference; that
+            with the second one as the reference, whose views are swapped. To be used up before the next is asked for.
+        """
         ...

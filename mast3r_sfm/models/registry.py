@@ -1,71 +1,106 @@
-"""Which models there are, and which of them this machine can run."""
+"""Which models there are, which of them this machine can run, and how they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from pathlib import Path
 
 import torch
 
-from mast3r_sfm.config import EncodeConfig
+from mast3r_sfm.config import DecoderType, EncodeConfig
 from mast3r_sfm.errors import ConfigError, WeightsError
 from mast3r_sfm.models.base import PairModel
+from mast3r_sfm.models.weights import CATALOGUE, find_weights, mast3r_problem, missing_text
 
-
-def _load_xfeat(config: EncodeConfig, device: torch.device) -> PairModel:
-    from mast3r_sfm.models.xfeat.model import XFeatModel
-
-    return XFeatModel(config.keypoints, device, config.max_size_px)
-
-
-def _xfeat_problem() -> str:
-    from mast3r_sfm.models.xfeat.weights import weights_path
-
-    try:
-        weights_path("xfeat.pt")
-        weights_path("xfeat-lighterglue.pt")
-    except WeightsError as error:
-        return str(error)
-    return ""
-
-
-# By preference of `auto`: the first usable one is taken.
-_MODELS: dict[str, tuple[Callable[[EncodeConfig, torch.device], PairModel], Callable[[], str]]] = {
-    "xfeat": (_load_xfeat, _xfeat_problem),
-}
+PREFERENCE = ("mast3r", "xfeat")
+"""What `auto` takes: the first whose weights are installed."""
+_CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 
 
 def usable_models() -> dict[str, str]:
-    """Every model by name, in the order of preference of `auto`, with "" or the reason why it cannot be used."""
-    return {name: problem() for name, (_, problem) in _MODELS.items()}
+    """The models of `auto` in order of preference, with "" or the reason why they cannot be used."""
+    problems = {"mast3r": mast3r_problem, "xfeat": _xfeat_problem}
+    return {name: problems[name]() for name in PREFERENCE}
 
 
-def resolve_name(name: str) -> str:
-    """The model that `name` stands for: itself, or for "auto" the best whose weights are installed.
+def resolve_name(name_or_path: str) -> str:
+    """The model that a name or path stands for: itself, or for "auto" the best whose weights are installed.
 
     Raises:
         ConfigError: there is no such model.
         WeightsError: no model is usable.
     """
-    if name != "auto":
-        if name not in _MODELS:
-            raise ConfigError(f"there is no model {name!r}; known: auto, {', '.join(_MODELS)}")
-        return name
-    problems = usable_models()
-    for candidate, problem in problems.items():
-        if not problem:
-            return candidate
-    raise WeightsError("no model is usable: " + "; ".join(f"{name}: {why}" for name, why in problems.items()))
+    if name_or_path == "auto":
+        problems = usable_models()
+        for candidate, problem in problems.items():
+            if not problem:
+                return candidate
+        raise WeightsError("no model is usable: " + "; ".join(f"{name}: {why}" for name, why in problems.items()))
+    if name_or_path in ("xfeat", *CATALOGUE) or _is_path(name_or_path):
+        return name_or_path
+    known = ", ".join(("auto", "xfeat", *CATALOGUE))
+    raise ConfigError(
+        f"there is no model {name_or_path!r}; known: {known}, or the path of a checkpoint: a .pth or .safetensors "
+        "file, or a folder with config.json and model.safetensors"
+    )
 
 
-def load_model(name: str, *, device: str = "auto", config: EncodeConfig | None = None) -> PairModel:
-    """Load a model by name ("auto" for the best usable one) onto a device.
+def load_model(
+    name_or_path: str,
+    *,
+    device: str = "auto",
+    dtype: DecoderType = "auto",
+    tf32: bool = False,
+    compiled: bool = False,
+    config: EncodeConfig | None = None,
+) -> PairModel:
+    """Load a model onto a device.
+
+    Args:
+        name_or_path: auto (the best usable one), xfeat, the name of official weights that are installed (mast3r,
+            dust3r, …), or a MASt3R or DUSt3R checkpoint: an official .pth, a hub folder with config.json and
+            model.safetensors, or a .safetensors file with its configuration beside it.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        dtype: of the decoder of a pointmap model; auto: float16 on CUDA, float32 elsewhere.
+        tf32: let CUDA round float32 products to TF32, several times faster.
+        compiled: let torch.compile fuse the blocks of a pointmap model; needs a C++ compiler.
+        config: size of the images, and number of keypoints.
 
     Raises:
         ConfigError: there is no such model or device.
-        WeightsError: its weights are missing or broken.
+        WeightsError: its weights are missing or broken, or do not fit the network that they state.
     """
-    loader, _ = _MODELS[resolve_name(name)]
-    return loader(config or EncodeConfig(), resolve_device(device))
+    name = resolve_name(name_or_path)
+    place = resolve_device(device)
+    config = config or EncodeConfig()
+    if name == "xfeat":
+        from mast3r_sfm.models.xfeat.model import XFeatModel
+
+        return XFeatModel(config.keypoints, place, config.max_size_px)
+    from mast3r_sfm.models.mast3r.checkpoint import read_checkpoint
+    from mast3r_sfm.models.mast3r.model import Mast3rModel, Precision
+
+    path = find_weights(name) if name in CATALOGUE else Path(name)
+    if path is None:
+        raise WeightsError(missing_text(CATALOGUE[name]))
+    return Mast3rModel(
+        read_checkpoint(path),
+        place,
+        precision=Precision(decoder=resolve_dtype(dtype, place), tf32=tf32),
+        compiled=compiled,
+        max_size_px=config.max_size_px,
+    )
+
+
+def resolve_dtype(name: DecoderType, device: torch.device) -> torch.dtype:
+    """What a decoder computes in.
+
+    The official networks were trained in float16 mixed precision, so float16 is safe on CUDA, where it is several times
+    as fast; bfloat16 has a range that nothing overflows, and eight times the rounding error.
+    """
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -85,3 +120,18 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"--device {name}: write auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith(_CHECKPOINT_SUFFIXES) or os.sep in text or (text != "" and Path(text).is_dir())
+
+
+def _xfeat_problem() -> str:
+    from mast3r_sfm.models.xfeat.weights import weights_path
+
+    try:
+        weights_path("xfeat.pt")
+        weights_path("xfeat-lighterglue.pt")
+    except WeightsError as error:
+        return str(error)
+    return ""

@@ -7,7 +7,7 @@ Everything it says of a pair depends on its seed and the pair's names only, neve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,16 @@ from mast3r_sfm.errors import ConfigError, InputError
 from mast3r_sfm.geometry.rigid import compose_poses, invert_pose, transform_points
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.render import View
-from mast3r_sfm.types import Encoding, Float32, Float64, LoadedImage, PairPrediction, PixelTransform, Preparation
+from mast3r_sfm.types import (
+    Encoding,
+    Float32,
+    Float64,
+    LoadedImage,
+    PairPrediction,
+    PixelTransform,
+    Preparation,
+    ViewPrediction,
+)
 
 CODE_VERSION = 1
 PATCH_PX = 16
@@ -111,6 +120,8 @@ class OracleModel:
         self._name_of_tokens = {_digest(tokens): name for name, tokens in self._tokens.items()}
         poses = {name: view.cam_from_world.tolist() for name, view in views.items()}
         self.name = "oracle"
+        self.images_at_once = 1
+        self.pairs_at_once = 1
         self.fingerprint = fingerprint("oracle", CODE_VERSION, poses, sorted(sizes), self.noise, seed)
         self.preparation = Preparation(size_px=max(next(iter(sizes))))
         self.retrieval_tokens = len(next(iter(self._tokens.values())))
@@ -123,12 +134,18 @@ class OracleModel:
         """
         return [self._encode(image) for image in images]
 
-    def predict(self, first: Encoding, second: Encoding) -> PairPrediction:
-        """Pointmaps of both views in the first camera's frame, with the noise of this pair in this order.
+    def predict(
+        self, pairs: Sequence[tuple[Encoding, Encoding]]
+    ) -> Iterator[tuple[int, PairPrediction, PairPrediction]]:
+        """What is seen of each pair, with the noise of the pair in each order.
 
         Raises:
             InputError: an encoding that this oracle did not make.
         """
+        for number, (first, second) in enumerate(pairs):
+            yield number, self._predict(first, second), self._predict(second, first)
+
+    def _predict(self, first: Encoding, second: Encoding) -> PairPrediction:
         names = (self._recognise(first), self._recognise(second))
         rng = self._generator("pair", *names)
         pair = self._as_seen(*names)
@@ -142,12 +159,9 @@ class OracleModel:
             points.append(scale * transform_points(first_from_view, local) / np.array([focal, focal, 1.0]))
             confidence.append(np.where(correspond(view, other)[1], _SEEN, _UNSEEN))
             descriptors.append(self._describe(view, rng))
-        sure = torch.from_numpy(np.stack(confidence).astype(np.float32))
         return PairPrediction(
-            points_in_first=torch.from_numpy(np.stack(points).astype(np.float32)),
-            confidence=sure,
-            descriptors=torch.from_numpy(np.stack(descriptors)),
-            descriptor_confidence=sure.clone(),
+            first=_as_prediction(points[0], confidence[0], descriptors[0]),
+            second=_as_prediction(points[1], confidence[1], descriptors[1]),
         )
 
     def is_outlier(self, first: str, second: str) -> bool:
@@ -210,6 +224,16 @@ class OracleModel:
     def _generator(self, *words: str) -> np.random.Generator:
         digest = hashlib.sha256("\0".join((str(self.seed), *words)).encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def _as_prediction(points: Float64, confidence: Float64, descriptors: Float32) -> ViewPrediction:
+    xyz = torch.from_numpy(points.reshape(-1, 3).astype(np.float32))
+    sure = torch.from_numpy(confidence.astype(np.float32))
+    return ViewPrediction(
+        descriptors=torch.from_numpy(descriptors),
+        descriptor_confidence=sure,
+        points_at=lambda index: (xyz[index], sure.flatten()[index]),
+    )
 
 
 def _digest(tokens: NDArray[np.float16]) -> bytes:

@@ -21,6 +21,7 @@ from mast3r_sfm.config import PrepareConfig
 from mast3r_sfm.images.exif import ExifData, focal_px, gps_position, orientation, read_exif
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.progress import SilentProgress
+from mast3r_sfm.types import Preparation
 
 Textured = Callable[..., NDArray[np.uint8]]
 BASE, GPS = ExifTags.Base, ExifTags.GPS
@@ -193,4 +194,6 @@ def test_garbage_exif_photo_is_loaded_as_it_is(tmp_path: Path, textured: Texture
     for name, seed in (("a.jpg", 0), ("b.jpg", 1)):
         Image.fromarray(textured(72, 64, seed)).save(tmp_path / name, exif=b"Exif\0\0II*\0\xff\xff\xff\xff\x01")
     images = list_images(tmp_path, PrepareConfig(), SilentProgress())
-    assert [load_image(tmp_path, record, 512).pixels.shape for record in images.records] == [(64, 72, 3)] * 2
+    assert [load_image(tmp_path, record, Preparation(size_px=512)).pixels.shape for record in images.records] == [
+        (64, 72, 3)
+    ] * 2

@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.images.decoding import to_8_bit
-from mast3r_sfm.images.loading import load_image, network_size, photo_from_network
-from mast3r_sfm.types import ImageRecord, PixelTransform
+from mast3r_sfm.images.framing import frame_photo
+from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.types import ImageRecord, LoadedImage, Preparation
 
 Photo = Callable[..., Path]
 Textured = Callable[..., NDArray[np.uint8]]
 ORIENTATIONS = range(1, 9)
+SHRUNK = Preparation(size_px=1024)
+MAST3R = Preparation(size_px=512, patch_px=16)
+SQUARE_CROP = Preparation(size_px=224, patch_px=16, square_crop=True)
 
 
 def record_of(path: Path, *, orientation: int = 1, size: tuple[int, int] | None = None) -> ImageRecord:
@@ -31,8 +33,8 @@ def record_of(path: Path, *, orientation: int = 1, size: tuple[int, int] | None 
     return ImageRecord(name=path.name, width_px=width, height_px=height, sha256="", orientation=orientation)
 
 
-def load(path: Path, max_size_px: int = 1024, **options: Any) -> Any:
-    return load_image(path.parent, record_of(path, **options), max_size_px)
+def load(path: Path, preparation: Preparation = SHRUNK, **options: Any) -> LoadedImage:
+    return load_image(path.parent, record_of(path, **options), preparation)
 
 
 def oriented(orientation: int) -> Image.Exif:
@@ -86,7 +88,7 @@ def test_a_shrunk_blob_stays_where_it_is(
     Image.fromarray(blob.astype(np.uint8)).save(
         path, exif=oriented(orientation), **({"quality": 98} if extension == "jpg" else {})
     )
-    image = load(path, 240, orientation=orientation, size=size)
+    image = load(path, Preparation(size_px=240), orientation=orientation, size=size)
     assert max(image.pixels.shape) == 240
     grey = image.pixels[:, :, 0].astype(np.float64)
     grey[grey < 4] = 0
@@ -96,8 +98,98 @@ def test_a_shrunk_blob_stays_where_it_is(
     np.testing.assert_allclose(image.transform.to_photo(found), [centre], atol=0.15)
 
 
+def blobs(stored: tuple[int, int], centres: NDArray[np.float64], sigma: float) -> NDArray[np.uint8]:
+    """A photo [H, W, 3] with one blob per channel around the stored pixels `centres` [3, 2]."""
+    y, x = np.mgrid[0 : stored[1], 0 : stored[0], 0:1][:2] + 0.5
+    square = (x - centres[:, 0]) ** 2 + (y - centres[:, 1]) ** 2
+    photo: NDArray[np.uint8] = np.rint(255 * np.exp(-square / (2 * sigma**2))).astype(np.uint8)
+    return photo
+
+
+def centroids(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Of each channel, in pixels whose first has its centre at (0.5, 0.5): [3, 2]."""
+    weights = np.where(pixels < 8, 0, pixels).astype(np.float64)
+    rows, columns = np.mgrid[0 : pixels.shape[0], 0 : pixels.shape[1], 0:1][:2] + 0.5
+    total = weights.sum(axis=(0, 1))
+    x, y = (columns * weights).sum(axis=(0, 1)) / total, (rows * weights).sum(axis=(0, 1)) / total
+    return np.stack([x, y], axis=1)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("extension", ["png", "tif", "jpg"])
+@pytest.mark.parametrize(
+    ("upright", "preparation", "seen"),
+    [
+        ((811, 605), MAST3R, (512, 368)),
+        ((605, 811), MAST3R, (368, 512)),
+        ((301, 203), MAST3R, (512, 336)),
+        ((203, 301), MAST3R, (336, 512)),
+        ((640, 640), MAST3R, (512, 384)),
+        ((150, 150), MAST3R, (512, 384)),
+        ((1407, 41), Preparation(size_px=128, patch_px=16), (128, 16)),
+        ((41, 1407), Preparation(size_px=128, patch_px=16), (16, 128)),
+        ((500, 333), SQUARE_CROP, (224, 224)),
+        ((333, 500), SQUARE_CROP, (224, 224)),
+    ],
+)
+def test_blobs_are_found_again_through_resize_and_crop(
+    tmp_path: Path,
+    orientation: int,
+    extension: str,
+    upright: tuple[int, int],
+    preparation: Preparation,
+    seen: tuple[int, int],
+) -> None:
+    stored = upright if orientation < 5 else upright[::-1]
+    reach = 0.3 * min(stored)
+    centres = np.array(stored) / 2 + reach * np.array([[-0.9, -0.7], [0.8, -0.3], [0.1, 0.9]])
+    scale = min(upright) / (min(seen) if upright[0] != upright[1] else max(seen))
+    path = tmp_path / f"a.{extension}"
+    options: dict[str, Any] = {"quality": 98, "subsampling": 0} if extension == "jpg" else {}
+    photo = blobs(stored, centres, max(1.2, 1.2 * scale))
+    Image.fromarray(photo).save(path, exif=oriented(orientation), **options)
+    image = load(path, preparation, orientation=orientation, size=stored)
+    assert image.pixels.shape == (*seen[::-1], 3)
+    found = image.transform.to_photo(centroids(image.pixels))
+    # A crop or a scale that is off by half a pixel of the network would be ten times this.
+    np.testing.assert_allclose(found, centres, atol=0.05 * scale)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("mode", ["CMYK", "L", "LA", "P", "1", "I;16", "F"])
+def test_all_modes_and_orientations_are_prepared_as_mast3r_does(
+    tmp_path: Path, textured: Textured, mode: str, orientation: int
+) -> None:
+    colours = textured(150, 100)
+    grey = np.where(colours[:, :, 0] == colours[:, :, 0].max(), 255, colours[:, :, 0])
+    if mode == "I;16":
+        photo = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "F":
+        photo = Image.fromarray((grey / 255).astype(np.float32))
+    else:
+        photo = Image.fromarray(colours).convert(mode)
+    assert photo.mode == mode
+    path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
+    photo.save(path, exif=oriented(orientation))
+    framing = frame_photo((150, 100) if orientation < 5 else (100, 150), MAST3R)
+    # Large enough for nothing to be shrunk: all pixels, upright.
+    whole = Image.fromarray(load(path, orientation=orientation, size=(150, 100)).pixels)
+    expected = whole.resize(framing.resized, Image.Resampling.BICUBIC).crop(framing.box)
+    prepared = load(path, MAST3R, orientation=orientation, size=(150, 100))
+    np.testing.assert_array_equal(prepared.pixels, np.asarray(expected))
+    assert prepared.pixels.flags.writeable
+
+
+def test_with_patches_a_jpeg_is_decoded_whole(photo: Photo) -> None:
+    path = photo("a.jpg", width=2000, height=1500, subsampling=2)
+    with Image.open(path) as image:
+        whole = image.resize((512, 384), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(load(path, MAST3R).pixels, np.asarray(whole))
+    assert (load(path, Preparation(size_px=512)).pixels != np.asarray(whole)).any()  # the fast way
+
+
 def test_a_photo_is_never_enlarged(photo: Photo) -> None:
-    image = load(photo("a.png", width=100, height=70), 1024)
+    image = load(photo("a.png", width=100, height=70))
     assert image.pixels.shape == (70, 100, 3)
     np.testing.assert_array_equal(image.transform.matrix, [[1, 0, 0], [0, 1, 0]])
 
@@ -111,7 +203,7 @@ def test_shrinking_does_not_alias(tmp_path: Path) -> None:
     stripes[:, ::2] = 255
     for extension in ("png", "jpg"):
         Image.fromarray(stripes).save(tmp_path / f"a.{extension}")
-        shrunk = load(tmp_path / f"a.{extension}", 300).pixels[5:-5, 5:-5]
+        shrunk = load(tmp_path / f"a.{extension}", Preparation(size_px=300)).pixels[5:-5, 5:-5]
         assert 110 < shrunk.mean() < 145
         assert shrunk.std() < 8
 
@@ -135,7 +227,7 @@ class TestModes:
     )
     def test_colour(self, tmp_path: Path, colours: np.ndarray, mode: str, extension: str, tolerance: int) -> None:
         path = tmp_path / f"a.{extension}"
-        options = {"quality": 98} if extension == "jpg" else {}
+        options: dict[str, Any] = {"quality": 98} if extension == "jpg" else {}
         Image.fromarray(colours).convert(mode).save(path, **options)
         with Image.open(path) as saved:
             assert saved.mode == mode
@@ -203,60 +295,25 @@ class TestErrors:
     def test_missing(self, tmp_path: Path) -> None:
         record = ImageRecord(name="gone.jpg", width_px=10, height_px=10, sha256="")
         with pytest.raises(InputError, match=r"gone\.jpg"):
-            load_image(tmp_path, record, 512)
+            load_image(tmp_path, record, SHRUNK)
 
     def test_truncated(self, photo: Photo) -> None:
         path = photo("cut.jpg", width=400, height=300)
         record = record_of(path)
         path.write_bytes(path.read_bytes()[:4000])
         with pytest.raises(InputError, match=r"cut\.jpg.*truncated"):
-            load_image(path.parent, record, 512)
+            load_image(path.parent, record, SHRUNK)
 
     def test_another_photo_by_now(self, photo: Photo) -> None:
         record = record_of(photo("a.jpg"))
         path = photo("a.jpg", width=300, height=200)
         with pytest.raises(InputError, match=r"a\.jpg.*changed"):
-            load_image(path.parent, record, 512)
+            load_image(path.parent, record, SHRUNK)
 
 
 def test_a_20000_pixel_panorama_is_shrunk(tmp_path: Path, textured: Textured) -> None:
     path = tmp_path / "panorama.jpg"
     Image.fromarray(textured(20_000, 5_000)[:, :, 0]).save(path)  # 100 Mpx, above the limit at which Pillow warns
-    image = load(path, 1024, size=(20_000, 5_000))
+    image = load(path, size=(20_000, 5_000))
     assert image.pixels.shape == (256, 1024, 3)
     np.testing.assert_allclose(image.transform.to_photo(np.array([[1024.0, 256.0]])), [[20_000, 5_000]])
-
-
-sides = st.integers(1, 30_000)
-
-
-@given(width=sides, height=sides, limit=st.integers(64, 4096), orientation=st.integers(1, 8))
-def test_the_transform_maps_corners_to_corners_and_back(width: int, height: int, limit: int, orientation: int) -> None:
-    resized = network_size(width, height, limit)
-    assert max(resized) == min(limit, max(width, height))
-    assert min(resized) >= 1
-    transform = PixelTransform(matrix=photo_from_network((width, height), resized, orientation))
-    upright_width, upright_height = resized if orientation < 5 else resized[::-1]
-    corners = np.array([[0, 0], [upright_width, 0], [0, upright_height], [upright_width, upright_height]], dtype=float)
-    stored = transform.to_photo(corners)
-    assert {tuple(corner) for corner in np.rint(stored).tolist()} == {(0, 0), (width, 0), (0, height), (width, height)}
-    np.testing.assert_allclose(transform.to_network(stored), corners, atol=1e-6)
-    mirrored = orientation in (2, 4, 5, 7)
-    assert (np.linalg.det(transform.matrix[:, :2]) < 0) == mirrored
-
-
-@given(width=st.integers(1, 60), height=st.integers(1, 60), orientation=st.integers(1, 8), data=st.data())
-def test_every_upright_pixel_comes_from_the_stored_pixel_the_transform_names(
-    width: int, height: int, orientation: int, data: st.DataObject
-) -> None:
-    from mast3r_sfm.images.loading import _UPRIGHT
-
-    index = np.arange(width * height, dtype=np.int32).reshape(height, width)
-    stored = Image.fromarray(index)
-    upright = np.asarray(stored if orientation == 1 else stored.transpose(_UPRIGHT[orientation]))
-    row = data.draw(st.integers(0, upright.shape[0] - 1))
-    column = data.draw(st.integers(0, upright.shape[1] - 1))
-    transform = PixelTransform(matrix=photo_from_network((width, height), (width, height), orientation))
-    x, y = transform.to_photo(np.array([[column + 0.5, row + 0.5]]))[0]
-    assert upright[row, column] == index[int(y), int(x)]
-    assert (x % 1, y % 1) == (0.5, 0.5)

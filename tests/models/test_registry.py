@@ -10,6 +10,7 @@ from mast3r_sfm.errors import ConfigError, WeightsError
 from mast3r_sfm.models import registry
 from mast3r_sfm.models.base import DenseModel, KeypointModel
 from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name, usable_models
+from mast3r_sfm.types import Preparation
 
 
 def test_the_default_model_is_usable() -> None:
@@ -31,6 +32,15 @@ def test_the_number_of_keypoints_changes_the_fingerprint() -> None:
     one, two, again = (load_model("xfeat", device="cpu", config=EncodeConfig(keypoints=n)) for n in (100, 200, 100))
     assert one.fingerprint != two.fingerprint
     assert one.fingerprint == again.fingerprint
+
+
+def test_the_size_of_images_is_the_settings_or_what_suits_the_model() -> None:
+    default, small = (
+        load_model("xfeat", device="cpu", config=EncodeConfig(keypoints=100, max_size_px=size)) for size in (0, 640)
+    )
+    assert default.preparation == Preparation(size_px=1024)
+    assert small.preparation == Preparation(size_px=640)
+    assert default.fingerprint == small.fingerprint  # the preparation is part of the cache keys by itself
 
 
 @pytest.mark.parametrize("name", ["xfeet", "XFEAT", "", "mast3r_sfm"])

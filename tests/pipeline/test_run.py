@@ -172,6 +172,7 @@ def test_a_broken_chunk_is_done_again(first_run: Run, second_output: Path, run_s
     ("setting", "first_changed"),
     [
         ("encode.keypoints=1400", "encode"),
+        ("encode.max_size_px=440", "encode"),
         ("pairs.neighbours=9", "pairs"),
         ("seed=5", "pairs"),
         ("match.min_inliers=21", "match"),

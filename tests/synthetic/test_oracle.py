@@ -14,7 +14,7 @@ from mast3r_sfm.geometry.rigid import angle_between_rotations, transform_points
 from mast3r_sfm.models.base import DenseModel
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
-from mast3r_sfm.types import Encoding, Float64, LoadedImage, PairPrediction
+from mast3r_sfm.types import Encoding, Float64, LoadedImage, PairPrediction, Preparation
 from tests.scenes import (
     HEIGHT_PX,
     WIDTH_PX,
@@ -54,6 +54,7 @@ def test_it_is_a_dense_model() -> None:
     model = oracle(facade_views())
     assert isinstance(model, DenseModel)
     assert model.retrieval_tokens == (WIDTH_PX // 16) * (HEIGHT_PX // 16)
+    assert model.preparation == Preparation(size_px=WIDTH_PX)
 
 
 def test_maps_have_the_promised_shapes_and_ranges() -> None:

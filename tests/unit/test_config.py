@@ -96,6 +96,8 @@ def test_the_last_override_wins() -> None:
         ("pairs.neighbours=five", r"pairs\.neighbours = 'five': must be a number of type int"),
         ("pairs.neighbours=2.5", r"must be a number of type int"),
         ("pairs.neighbours=0", r"pairs\.neighbours = 0: must be at least 1"),
+        ("encode.max_size_px=63", r"encode\.max_size_px = 63: must be 0 \(auto\) or at least 64"),
+        ("encode.max_size_px=-1", r"must be 0 \(auto\) or at least 64"),
         ("prepare.cameras=many", r"must be one of auto, single, folder, image"),
         ("match.min_similarity=nan", r"match\.min_similarity = nan: must be finite"),
         ("match.max_epipolar_error_px=inf", r"match\.max_epipolar_error_px = inf: must be finite"),

@@ -1,7 +1,7 @@
 """The dense prediction head (DPT, Ranftl et al., arXiv 2103.13413): from tokens of four depths to a map of pixels.
 
-Parameters carry the names of the official checkpoints. Two steps are done in another way than the paper draws them, with
-the same result: a 1×1 convolution before its upsampling instead of after it (both are linear, and the weights of an
+Parameters carry the names of the official checkpoints. Two steps are done in another way than the paper draws them,
+with the same result: a 1×1 convolution before its upsampling instead of after it (both are linear, and the weights of an
 interpolation sum to one), and, where only some pixels are asked for, the last convolutions at these alone.
 
 Shape letters: B batch, C channels, h w grid of patches of 16 px, H W = 16h 16w pixels, M pixels asked for.
@@ -19,6 +19,11 @@ from mast3r_sfm.models.mast3r.architecture import DptWidths
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
+
+
+def as_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """[B, h·w, C] to [B, C, h, w], without a copy."""
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 def _double(values: Tensor) -> Tensor:
@@ -121,8 +126,7 @@ class DptHead(nn.Module):
             [B, fusion / 2, 8h, 8w].
         """
         levels = [
-            reassemble(tokens.float().transpose(1, 2).unflatten(2, grid))
-            for reassemble, tokens in zip(self.act_postprocess, hooks, strict=True)
+            reassemble(as_map(tokens, grid)) for reassemble, tokens in zip(self.act_postprocess, hooks, strict=True)
         ]
         result: Tensor = self.head[0](self.scratch(levels))
         return result
@@ -143,10 +147,12 @@ class DptHead(nn.Module):
             [M, channels].
         """
         convolution, last = self.head[2], self.head[4]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(last, nn.Conv2d)
         window = _windows(features, index)  # [M, 9, C]
         kernel = convolution.weight.flatten(2).permute(2, 1, 0).flatten(0, 1)  # [9·C, last], in the window's order
-        hidden = functional.relu(window.flatten(1) @ kernel + convolution.bias)
-        return hidden @ last.weight[:, :, 0, 0].T + last.bias
+        hidden = functional.relu(functional.linear(window.flatten(1), kernel.T, convolution.bias))
+        return functional.linear(hidden, last.weight.flatten(1), last.bias)
 
 
 def _windows(features: Tensor, index: Tensor) -> Tensor:

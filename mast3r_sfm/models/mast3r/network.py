@@ -17,8 +17,16 @@ from torch import Tensor, nn
 
 from mast3r_sfm.errors import ShapeError, WeightsError
 from mast3r_sfm.models.mast3r.architecture import Architecture
-from mast3r_sfm.models.mast3r.dpt import DptHead, Grid
-from mast3r_sfm.models.mast3r.transformer import DecoderBlock, EncoderBlock, LayerNorm, Mlp, Rotation, rotation_table
+from mast3r_sfm.models.mast3r.dpt import DptHead, Grid, as_map
+from mast3r_sfm.models.mast3r.transformer import (
+    DecoderBlock,
+    EncoderBlock,
+    LayerNorm,
+    Linear,
+    Mlp,
+    Rotation,
+    rotation_table,
+)
 
 POINT_CHANNELS = 4
 """x, y, z and a confidence."""
@@ -51,7 +59,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] to [B, h·w, C], row by row."""
-        result: Tensor = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        result: Tensor = self.proj(images).flatten(2).transpose(1, 2)
         return result
 
 
@@ -63,7 +71,7 @@ class Head(nn.Module):
         self._architecture = architecture
         encoder, decoder = architecture.encoder_width, architecture.decoder_width
         if architecture.head == "linear":
-            self.proj = nn.Linear(decoder, POINT_CHANNELS * architecture.patch_px**2)
+            self.proj = Linear(decoder, POINT_CHANNELS * architecture.patch_px**2)
         else:
             self.dpt = DptHead((encoder, decoder, decoder, decoder), architecture.dpt, POINT_CHANNELS)
         if architecture.descriptor_channels:
@@ -72,19 +80,26 @@ class Head(nn.Module):
             hidden = round(architecture.mlp_ratio * width)
             self.head_local_features = Mlp(width, hidden, channels * architecture.patch_px**2)
 
+    @property
+    def hooks(self) -> tuple[int, ...]:
+        """Which of the outputs of `Network.decode` the head reads, in the order in which it wants them."""
+        return (
+            (self._architecture.decoder_depth,) if self._architecture.head == "linear" else self._architecture.dpt_hooks
+        )
+
     def features(self, outputs: Sequence[Tensor], grid: Grid) -> Tensor:
         """What points are read from, by `points` or by `points_at`.
 
         Args:
-            outputs: [B, h·w, C] of the encoder and of every block of the decoder.
+            outputs: [B, h·w, C] tokens at the hooks.
             grid: h and w.
 
         Returns:
             [B, C, rows, columns], half as large as the image for a DPT head, as large for a linear one.
         """
         if self._architecture.head == "linear":
-            return self._unpatch(self.proj(outputs[-1].float()), grid)
-        return self.dpt.features([outputs[hook] for hook in self._architecture.dpt_hooks], grid)
+            return self._unpatch(self.proj(outputs[-1]), grid)
+        return self.dpt.features(outputs, grid)
 
     def points(self, features: Tensor) -> Points:
         """Of every pixel: [B, C, rows, columns] to [B, H, W, 3] and [B, H, W]."""
@@ -98,8 +113,8 @@ class Head(nn.Module):
         return self._to_points(self.dpt.at(features, index))
 
     def descriptors(self, outputs: Sequence[Tensor], grid: Grid) -> Descriptors:
-        """Of every pixel, from the first and the last of `outputs`."""
-        both = torch.cat([outputs[0].float(), outputs[-1].float()], dim=-1)
+        """Of every pixel, from the tokens [B, h·w, C] at the hooks: the encoder's and the last ones."""
+        both = torch.cat([outputs[0], outputs[-1]], dim=-1)
         values = self._unpatch(self.head_local_features(both), grid).permute(0, 2, 3, 1)
         confidence = self._architecture.descriptor_confidence
         return Descriptors(
@@ -109,7 +124,7 @@ class Head(nn.Module):
 
     def _unpatch(self, values: Tensor, grid: Grid) -> Tensor:
         """[B, h·w, C · patch²] to [B, C, H, W]."""
-        return functional.pixel_shuffle(values.transpose(1, 2).unflatten(2, grid), self._architecture.patch_px)
+        return functional.pixel_shuffle(as_map(values, grid), self._architecture.patch_px)
 
     def _to_points(self, raw: Tensor) -> Points:
         """[..., 4] raw outputs: a point lies expm1(d) away, where d is how far the raw one does."""
@@ -141,7 +156,7 @@ class Network(nn.Module):
             for _ in range(architecture.encoder_depth)
         )
         self.enc_norm = LayerNorm(encoder)
-        self.decoder_embed = nn.Linear(encoder, decoder)
+        self.decoder_embed = Linear(encoder, decoder)
         self.dec_blocks, self.dec_blocks2 = (
             nn.ModuleList(
                 DecoderBlock(decoder, architecture.decoder_heads, architecture.mlp_ratio)
@@ -158,12 +173,31 @@ class Network(nn.Module):
         """Of the first and of the second view."""
         return self.downstream_head1, self.downstream_head2
 
-    def trunk_to(self, dtype: torch.dtype) -> None:
-        """Let encoder and decoder compute in `dtype`; norms, residuals and heads stay in float32."""
-        for module in (self.patch_embed, self.enc_blocks, self.decoder_embed, self.dec_blocks, self.dec_blocks2):
-            for layer in module.modules():
-                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+    def decoder_to(self, dtype: torch.dtype) -> None:
+        """Let the decoder's blocks compute in `dtype`; everything else, its norms and residuals too, stays in float32.
+
+        The encoder runs once per image and its tokens are what all pairs of the image rest on, while the decoder runs
+        for every pair: half precision there gives most of the speed for a fraction of the error.
+        """
+        for blocks in (self.dec_blocks, self.dec_blocks2):
+            for layer in blocks.modules():
+                if isinstance(layer, Linear):
                     layer.to(dtype)
+
+    def pack_for_cpu(self) -> None:
+        """Let oneDNN compute the float32 products, which torch otherwise leaves to MKL.
+
+        On AMD processors with AVX-512 this is twice as fast; with half precision, torch does it by itself.
+        """
+        for layer in self.modules():
+            if isinstance(layer, Linear) and layer.weight.dtype == torch.float32:
+                layer.pack()
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse the operations inside each block, at its first use."""
+        for blocks in (self.enc_blocks, self.dec_blocks, self.dec_blocks2):
+            for block in blocks:
+                block.compile(dynamic=True)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of images.
@@ -182,7 +216,7 @@ class Network(nn.Module):
         if height % patch or width % patch or not height or not width:
             raise ShapeError(f"an image of {width}×{height} px: sides must be multiples of {patch} px")
         rotation = self._rotation((height // patch, width // patch), decoder=False, device=images.device)
-        tokens = self.patch_embed(images).float()
+        tokens = self.patch_embed(images)
         for block in self.enc_blocks:
             tokens = block(tokens, rotation)
         result: Tensor = self.enc_norm(tokens)
@@ -200,8 +234,7 @@ class Network(nn.Module):
             for each view, [B, h·w, C] float32: what came in, and the output of each block, the last one normalised.
         """
         turns = [self._rotation(grid, decoder=True, device=first.device) for grid in grids]
-        dtype = self.decoder_embed.weight.dtype
-        views = [self.decoder_embed(tokens.to(dtype)).float() for tokens in (first, second)]
+        views = [self.decoder_embed(tokens).float() for tokens in (first, second)]
         outputs: tuple[list[Tensor], list[Tensor]] = ([first], [second])
         for one, two in zip(self.dec_blocks, self.dec_blocks2, strict=True):
             views = [one(views[0], views[1], turns[0], turns[1]), two(views[1], views[0], turns[1], turns[0])]

@@ -37,18 +37,34 @@ def rotate(values: Tensor, rotation: Rotation) -> Tensor:
     """Turn queries or keys [B, heads, T, D]: in each half, channel c together with channel c + D/4."""
     cosine, sine = rotation
     # [B, heads, T, half, partner, frequency]; the angles need float32 even where the channels are half precision.
-    one, other = values.unflatten(-1, (2, 2, -1)).unbind(dim=-2)
+    one, other = values.reshape(*values.shape[:-1], 2, 2, -1).unbind(dim=-2)
     turned = torch.stack([one * cosine - other * sine, other * cosine + one * sine], dim=-2)
     return turned.flatten(-3).to(values.dtype)
 
 
 def _split_heads(values: Tensor, heads: int) -> Tensor:
     """[B, T, C] to [B, heads, T, C / heads]."""
-    return values.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return values.reshape(*values.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _join_heads(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(2)
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the type of its weights, whatever type it is given."""
+
+    def pack(self) -> None:
+        """Keep the weights as oneDNN wants them, for inference on a CPU; they cannot be saved or moved any more."""
+        self.weight, self.bias = (
+            nn.Parameter(value.detach().to_mkldnn(), requires_grad=False) for value in (self.weight, self.bias)
+        )
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., C] to [..., out]."""
+        if self.weight.is_mkldnn:
+            return functional.linear(values.float().contiguous().to_mkldnn(), self.weight, self.bias).to_dense()
+        return functional.linear(values.to(self.weight.dtype), self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -64,12 +80,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, tokens: Tensor, rotation: Rotation) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        qkv = self.qkv(tokens.to(self.qkv.weight.dtype))
+        qkv = self.qkv(tokens)
         query, key, value = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         mixed = functional.scaled_dot_product_attention(rotate(query, rotation), rotate(key, rotation), value)
         result: Tensor = self.proj(_join_heads(mixed))
@@ -82,15 +98,13 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.projq = nn.Linear(width, width)
-        self.projk = nn.Linear(width, width)
-        self.projv = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
+        self.projq = Linear(width, width)
+        self.projk = Linear(width, width)
+        self.projv = Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, tokens: Tensor, other: Tensor, rotation: Rotation, other_rotation: Rotation) -> Tensor:
         """[B, T, C], asking [B, S, C], to [B, T, C]."""
-        dtype = self.projq.weight.dtype
-        tokens, other = tokens.to(dtype), other.to(dtype)
         query = rotate(_split_heads(self.projq(tokens), self.heads), rotation)
         key = rotate(_split_heads(self.projk(other), self.heads), other_rotation)
         value = _split_heads(self.projv(other), self.heads)
@@ -103,12 +117,12 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, out)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, out)
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., width] to [..., out]."""
-        result: Tensor = self.fc2(functional.gelu(self.fc1(values.to(self.fc1.weight.dtype))))
+        result: Tensor = self.fc2(functional.gelu(self.fc1(values)))
         return result
 
 

@@ -33,6 +33,7 @@ class XFeatModel:
     """Keypoints with 64-d descriptors from XFeat; implements `models.base.KeypointModel`."""
 
     name = "xfeat"
+    images_at_once = 1
     retrieval_tokens = 1000
 
     def __init__(self, keypoints: int, device: torch.device, max_size_px: int = 0) -> None:

