@@ -120,7 +120,7 @@ def _devices_and_models(packages: dict[str, str]) -> tuple[tuple[str, ...], dict
         devices.append(f"cuda:{index} {device.name}, {device.total_memory // 2**20:,} MB")
     if torch.backends.mps.is_available():
         devices.append("mps")
-    return tuple(devices), {"mast3r": "not part of this version yet", **usable_models()}
+    return tuple(devices), usable_models()
 
 
 def _usable_cores() -> int:

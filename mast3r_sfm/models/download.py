@@ -38,7 +38,8 @@ from mast3r_sfm.progress import Progress, SilentProgress, steps
 
 _LIBRARY: Final[dict[str, Any]] = {"library_name": "mast3r-sfm", "library_version": __version__}
 _MB = 1_000_000
-_CHUNK_BYTES = 2**20
+# What is lost when a connection breaks is at most this.
+_CHUNK_BYTES = 2**16
 _TIMEOUT_S = 15.0
 # Attempts in a row that bring nothing, and how long to wait before each.
 _ATTEMPTS = 4

@@ -92,7 +92,8 @@ def refused(part: str) -> str:
     return str(raised.value)
 
 
-def test_a_whole_download(hub: Hub, folder: Path, published: dict[str, bytes]) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_whole_download(folder: Path, published: dict[str, bytes]) -> None:
     progress = Counted()
     assert download_weights(NAME, license_accepted=True, progress=progress) == folder
     assert {path.name for path in folder.iterdir()} == {"config.json", MODEL, "source.json"}
@@ -138,7 +139,7 @@ def test_what_is_installed_is_left_alone(hub: Hub, folder: Path) -> None:
 
 
 def test_nothing_happens_before_the_licence_is_accepted(hub: Hub, folder: Path) -> None:
-    with pytest.raises(WeightsError, match="licence .* must be accepted"):
+    with pytest.raises(WeightsError, match=r"licence .* must be accepted"):
         download_weights(NAME, license_accepted=False)
     assert hub.requests == []
     assert not folder.exists()
@@ -154,7 +155,7 @@ def test_a_broken_connection_is_taken_up_again(hub: Hub, folder: Path, published
     assert ranges[0] is None
     starts = [int(str(text).removeprefix("bytes=").rstrip("-")) for text in ranges[1:]]
     assert starts == sorted(starts)
-    assert 1_000_000 <= starts[0] <= 1_500_000
+    assert 1_400_000 <= starts[0] <= 1_500_000
     assert starts[0] == starts[1] == starts[2] < starts[3]
 
 
@@ -166,7 +167,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, folder: Path
     assert not (folder / MODEL).exists()
     (kept,) = (path for path in parts(folder) if MODEL in path.name)
     size = kept.stat().st_size
-    assert 1_000_000 <= size <= 2_000_000
+    assert 1_900_000 <= size <= 2_000_000
     hub.requests.clear()
     progress = Counted()
     download_weights(NAME, license_accepted=True, progress=progress)
@@ -274,7 +275,8 @@ def test_offline_mode_is_respected(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
     assert hub.requests == []
 
 
-def test_a_hub_that_states_no_hash(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_hub_that_states_no_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hub, "digest", lambda *_: "weak")
     refused("does not state commit, size and hash of config.json")
 
@@ -287,7 +289,8 @@ def test_a_full_disk_is_said_before_the_download(hub: Hub, folder: Path, monkeyp
     assert hub.downloads(MODEL) == []
 
 
-def test_a_disk_that_fills_up(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_disk_that_fills_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> object:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -295,7 +298,8 @@ def test_a_disk_that_fills_up(hub: Hub, folder: Path, monkeypatch: pytest.Monkey
     assert str(folder) in refused("No space left on device; free the space, or set MAST3R_SFM_WEIGHTS")
 
 
-def test_a_folder_that_cannot_be_made(hub: Hub, folder: Path) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_folder_that_cannot_be_made(folder: Path) -> None:
     folder.parent.write_text("a file", encoding="utf-8")
     assert "MAST3R_SFM_WEIGHTS" in refused("cannot write")
 
@@ -311,7 +315,8 @@ def test_two_downloads_at_the_same_time(hub: Hub, folder: Path) -> None:
     assert (folder / MODEL).stat().st_size > 1_000_000
 
 
-def test_file_systems_without_locks(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("hub")
+def test_file_systems_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

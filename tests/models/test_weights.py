@@ -107,9 +107,9 @@ def test_finding_weights(folder: Path) -> None:
 def test_unknown_names() -> None:
     for function in (find_weights, official_weights):
         with pytest.raises(
-            WeightsError, match=r"'dust3r-512'; known: mast3r, dust3r, .*did you mean dust3r-512-linear"
+            WeightsError, match=r"'dust3r-512-liner'; known: mast3r, dust3r, .*did you mean dust3r-512-linear"
         ):
-            function("dust3r-512")
+            function("dust3r-512-liner")
     with pytest.raises(WeightsError, match=r"'x'; known: .*224-linear$"):
         find_weights("x")
 
