@@ -149,6 +149,9 @@ class MapConfig:
     min_angle_deg: float = 1.5
     """Points whose rays meet at less than this angle are dropped."""
 
+    refine: bool = True
+    """Align the observations of each point between the photos, to a fraction of a pixel, and adjust once more."""
+
     def __post_init__(self) -> None:
         _require(
             self.max_reprojection_error_px > 0,

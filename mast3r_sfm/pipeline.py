@@ -28,8 +28,9 @@ from mast3r_sfm.colmap.model import ColmapModel, write_models
 from mast3r_sfm.config import Config, RunOptions, fingerprint
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
-from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.images.loading import load_grey, load_image
 from mast3r_sfm.mapping import stage as map_stage
+from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
 from mast3r_sfm.models.base import DenseModel, PairModel
 from mast3r_sfm.models.registry import load_model, resolve_name
@@ -176,7 +177,7 @@ class _Run:
             raise ReconstructionError(_why_nothing(matches))
         with self._stage("map") as report:
             given = map_stage.MapInput(names=photos.names, rig=rig, matches=matches, parts=parts)
-            models = self._map(given, encodings, report)
+            models = self._map(photos, given, encodings, report)
         with self._stage("export") as report:
             self._export(models, photos, matches, report)
 
@@ -310,7 +311,9 @@ class _Run:
         }
         return matches, rig
 
-    def _map(self, given: map_stage.MapInput, encodings: Sequence[Encoding], report: _Draft) -> list[ColmapModel]:
+    def _map(
+        self, photos: ImageSet, given: map_stage.MapInput, encodings: Sequence[Encoding], report: _Draft
+    ) -> list[ColmapModel]:
         report.key = fingerprint("map", map_stage.CODE_VERSION, report.key, self.config.map, self.config.seed)
         database = self.output / "database.db"
         map_stage.write_matches(database, given, self.config.map.camera_model)
@@ -320,7 +323,15 @@ class _Run:
             threads=self.threads,
             seed=self.config.seed,
         )
-        models = map_stage.build_models(database, given, settings, self.recorder)
+        refiner = Refiner(
+            load_grey=lambda image: load_grey(photos.root, photos.records[image]),
+            pixel_scale=settings.pixel_scale,
+            threads=self.threads,
+        )
+        with _torch_threads(1):
+            models = map_stage.build_models(
+                database, given, settings, self.recorder, refiner if self.config.map.refine else None
+            )
         report.counts = {"models": len(models), "images": sum(len(model.cam_from_world) for model in models)}
         if not models:
             raise ReconstructionError(

@@ -364,6 +364,29 @@ class AlignmentResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tracks:
+    """The points of a model, and where images see them."""
+
+    points: Float64
+    """[K, 3] in the world."""
+    point: Int64
+    """[O] the point of each observation."""
+    image: Int64
+    """[O] number of its image."""
+    keypoint: Int64
+    """[O] number of its keypoint in the image."""
+    xy: Float64
+    """[O, 2] photo pixels."""
+
+    def __post_init__(self) -> None:
+        count = len(self.point)
+        _check(self.points, (None, 3), "Tracks.points")
+        for name, value in (("image", self.image), ("keypoint", self.keypoint), ("point", self.point)):
+            _check(value, (count,), f"Tracks.{name}")
+        _check(self.xy, (count, 2), "Tracks.xy")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSummary:
     """One reconstructed model, as written."""
 

@@ -59,6 +59,20 @@ def write_database(path: Path, content: DatabaseContent) -> None:
         raise ArtifactError(f"cannot write {path}: {error}; free the space or choose another folder") from error
 
 
+def update_keypoints(path: Path, keypoints: Mapping[int, Float64]) -> None:
+    """Move the keypoints of images, by number [K, 2], in a database that holds as many of each; matches stay.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    try:
+        with pycolmap.Database.open(str(path)) as database, pycolmap.DatabaseTransaction(database):
+            for image, xy in sorted(keypoints.items()):
+                database.update_keypoints(image + 1, np.asarray(xy, np.float32))
+    except RuntimeError as error:
+        raise ArtifactError(f"cannot write {path}: {error}; free the space or choose another folder") from error
+
+
 def colmap_camera(camera: Camera, model: str, number: int) -> pycolmap.Camera:
     """A pinhole camera as a `model` of COLMAP, without distortion."""
     focal, x, y = camera.params[:3].tolist()

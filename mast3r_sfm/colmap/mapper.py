@@ -16,6 +16,9 @@ from mast3r_sfm.config import MapConfig
 from mast3r_sfm.types import Float64
 
 MAX_REFINEMENTS = 5
+READJUSTMENTS = 2
+REFINED_TRUST = 0.5
+"""By which thresholds and the loss shrink once observations are refined."""
 MAX_CHANGE = 0.0005
 """Share of the observations that a round of refinement may still change when it is the last."""
 
@@ -68,6 +71,35 @@ class Mapper:
         for camera in reconstruction.cameras.values():
             if camera.model.name != self._settings.config.camera_model:
                 _change_model(camera, self._settings.config.camera_model)
+        return ColmapModel(reconstruction)
+
+    def readjust(self, model: ColmapModel) -> ColmapModel:
+        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them."""
+        reconstruction = model.reconstruction
+        options, bundle = _mapper_options(self._settings), self._bundle_options()
+        options.filter_max_reproj_error *= REFINED_TRUST
+        bundle.ceres.loss_function_scale *= REFINED_TRUST
+        mapper = pycolmap.IncrementalMapper(self._cache)
+        mapper.begin_reconstruction(reconstruction)
+        used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
+        for _ in range(READJUSTMENTS):
+            bundle.refine_principal_point, options.constant_cameras = False, set()
+            mapper.adjust_global_bundle(options, bundle)
+            mapper.filter_points(options)
+            bundle.refine_principal_point = True
+            refined = off_centre_cameras(reconstruction, bundle)
+            for number in sorted(used):
+                camera = reconstruction.camera(number)
+                if number in refined:
+                    camera.params = refined[number].tolist()
+                else:
+                    camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
+        if refined:
+            options.constant_cameras = used - set(refined)
+            mapper.adjust_global_bundle(options, bundle)
+            mapper.filter_points(options)
+        mapper.filter_frames(options)
+        mapper.end_reconstruction(False)
         return ColmapModel(reconstruction)
 
     def _hold_distortion(self, images: Iterable[int]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pycolmap
 
 from mast3r_sfm.errors import InputError
-from mast3r_sfm.types import Camera, Float64, ModelSummary
+from mast3r_sfm.types import Bool, Camera, Float64, ModelSummary, Tracks
 
 
 class ColmapModel:
@@ -19,6 +19,11 @@ class ColmapModel:
     def __init__(self, reconstruction: pycolmap.Reconstruction) -> None:
         """Wrap a reconstruction of pycolmap."""
         self._reconstruction = reconstruction
+
+    @property
+    def reconstruction(self) -> pycolmap.Reconstruction:
+        """What is wrapped; for this package alone."""
+        return self._reconstruction
 
     @property
     def cam_from_world(self) -> dict[str, Float64]:
@@ -40,6 +45,65 @@ class ColmapModel:
         """Share of the registered images' keypoints that have a 3D point."""
         keypoints = sum(image.num_points2D() for image in self._registered())
         return float(self._reconstruction.compute_num_observations()) / max(keypoints, 1)
+
+    def keypoints(self) -> dict[int, Float64]:
+        """[K, 2] photo pixels of all keypoints of every registered image, by its number."""
+        return {
+            image.image_id - 1: np.array([keypoint.xy for keypoint in image.points2D]).reshape(-1, 2)
+            for image in self._registered()
+        }
+
+    def tracks(self) -> Tracks:
+        """All points with their observations; image n is that of the id n + 1, as the database numbers them."""
+        numbers = sorted(self._reconstruction.point3D_ids())
+        points = [self._reconstruction.point3D(number) for number in numbers]
+        rows = [
+            (row, element.image_id - 1, element.point2D_idx)
+            for row, point in enumerate(points)
+            for element in point.track.elements
+        ]
+        point, image, keypoint = np.array(rows, np.int64).reshape(-1, 3).T
+        xy = np.zeros((len(rows), 2))
+        for number in np.unique(image):
+            mine = image == number
+            keypoints = self._reconstruction.image(int(number) + 1).points2D
+            xy[mine] = [keypoints[index].xy for index in keypoint[mine]]
+        return Tracks(
+            points=np.array([point.xyz for point in points]).reshape(-1, 3),
+            point=point,
+            image=image,
+            keypoint=keypoint,
+            xy=xy,
+        )
+
+    def project(self, image: int, points: Float64) -> Float64:
+        """World points [M, 3] to photo pixels [M, 2] of image number `image`; NaN behind the camera."""
+        pose = self._reconstruction.image(image + 1).cam_from_world().matrix()
+        camera = self._reconstruction.camera(self._reconstruction.image(image + 1).camera_id)
+        local = points @ pose[:, :3].T + pose[:, 3]
+        return np.asarray(camera.img_from_cam(local), np.float64).reshape(-1, 2)
+
+    def viewing_rays(self, image: int, xy: Float64) -> tuple[Float64, Float64]:
+        """The camera's centre [3] and the unit directions [M, 3] of photo pixels, in the world."""
+        pose = self._reconstruction.image(image + 1).cam_from_world().matrix()
+        camera = self._reconstruction.camera(self._reconstruction.image(image + 1).camera_id)
+        normalised = np.asarray(camera.cam_from_img(xy), np.float64).reshape(-1, 2)
+        rays = np.concatenate([normalised, np.ones((len(normalised), 1))], axis=1) @ pose[:, :3]
+        return -pose[:, :3].T @ pose[:, 3], rays / np.linalg.norm(rays, axis=1, keepdims=True)
+
+    def moved(self, tracks: Tracks, xy: Float64, kept: Bool) -> ColmapModel:
+        """A copy whose observations `tracks` stand at `xy` [O, 2], without those that are not `kept` [O]."""
+        changed = pycolmap.Reconstruction(self._reconstruction)
+        numbers = sorted(self._reconstruction.point3D_ids())
+        for image in np.unique(tracks.image):
+            keypoints = changed.image(int(image) + 1).points2D
+            for row in np.flatnonzero(kept & (tracks.image == image)):
+                keypoints[int(tracks.keypoint[row])].xy = xy[row]
+        for row in np.flatnonzero(~kept):
+            # A point that keeps a single observation goes, and its observations with it.
+            if changed.exists_point3D(numbers[tracks.point[row]]):
+                changed.delete_observation(int(tracks.image[row]) + 1, int(tracks.keypoint[row]))
+        return ColmapModel(changed)
 
     def _registered(self) -> list[pycolmap.Image]:
         images = [self._reconstruction.image(number) for number in self._reconstruction.reg_image_ids()]

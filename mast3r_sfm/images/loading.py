@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.images.decoding import decode, is_decoded_upright, open_image, stored_size, to_rgb
 from mast3r_sfm.images.framing import Framing, frame_photo, photo_from_network, turned_by
-from mast3r_sfm.types import ImageRecord, LoadedImage, Preparation
+from mast3r_sfm.types import Float32, ImageRecord, LoadedImage, Preparation
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,6 +24,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns stored pixels upright, by EXIF orientation."""
+_INVERSE = {6: 8, 8: 6}
+"""The orientation that undoes another, where it is not its own inverse."""
 
 
 def load_image(root: Path, record: ImageRecord, preparation: Preparation) -> LoadedImage:
@@ -33,23 +37,47 @@ def load_image(root: Path, record: ImageRecord, preparation: Preparation) -> Loa
     Raises:
         InputError: the file cannot be read, or is not the one that `record` describes.
     """
-    path = root / record.name
     stored = (record.width_px, record.height_px)
     framing = frame_photo(turned_by(record.orientation, stored), preparation)
     read = _read_shrunk if preparation.patch_px == 0 else _read_whole
-    # Pillow raises many types for broken files; all of them mean the same to the user.
-    try:
-        with open_image(path) as image:
-            upright = read(image, record, framing) if stored_size(image) == stored else None
-    except Exception as error:
-        raise InputError(f"cannot read the photo {path}: {error}; replace or remove it") from error
-    if upright is None:
-        raise InputError(f"the photo {path} is not the one that was listed; it changed during the run, start it again")
+    with _opened(root, record) as image:
+        upright = read(image, record, framing)
     return LoadedImage(
         record=record,
         pixels=np.array(upright),  # a copy, as torch wants arrays it may write to
         transform=photo_from_network(stored, framing, record.orientation),
     )
+
+
+def load_grey(root: Path, record: ImageRecord) -> Float32:
+    """Read all pixels of a photo as grey values [H, W] in 0..255, as they are stored: its orientation is not applied.
+
+    Raises:
+        InputError: the file cannot be read, or is not the one that `record` describes.
+    """
+    with _opened(root, record) as image:
+        decode(image, at_least=(record.width_px, record.height_px))
+        grey = to_rgb(image).convert("L")
+        if is_decoded_upright(image):
+            grey = _turn(grey, _INVERSE.get(record.orientation, record.orientation))
+    return np.asarray(grey, np.float32)
+
+
+@contextmanager
+def _opened(root: Path, record: ImageRecord) -> Iterator[Image.Image]:
+    path = root / record.name
+    # Pillow raises many types for broken files; all of them mean the same to the user.
+    try:
+        with open_image(path) as image:
+            if stored_size(image) != (record.width_px, record.height_px):
+                raise InputError(
+                    f"the photo {path} is not the one that was listed; it changed during the run, start it again"
+                )
+            yield image
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read the photo {path}: {error}; replace or remove it") from error
 
 
 def _read_shrunk(image: Image.Image, record: ImageRecord, framing: Framing) -> Image.Image:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mast3r_sfm.colmap.database import DatabaseContent, write_database
+from mast3r_sfm.colmap.database import DatabaseContent, update_keypoints, write_database
 from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.mapping.keypoints import share_keypoints
+from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import AlignmentResult, PairMatches, Rig
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1
@@ -63,7 +64,9 @@ def trusted_matches(given: MapInput) -> list[PairMatches]:
     return trusted
 
 
-def build_models(database: Path, given: MapInput, settings: MapperSettings, progress: Progress) -> list[ColmapModel]:
+def build_models(
+    database: Path, given: MapInput, settings: MapperSettings, progress: Progress, refiner: Refiner | None = None
+) -> list[ColmapModel]:
     """One model per aligned part, largest first; an image stands in one model only.
 
     Args:
@@ -71,6 +74,7 @@ def build_models(database: Path, given: MapInput, settings: MapperSettings, prog
         given: images, edges and aligned parts.
         settings: of triangulation and bundle adjustment.
         progress: is told of every part.
+        refiner: moves the models' observations to a fraction of a pixel, where given.
     """
     models: list[ColmapModel] = []
     taken: set[str] = set()
@@ -89,6 +93,9 @@ def build_models(database: Path, given: MapInput, settings: MapperSettings, prog
             share = model.observed_share
             if len(model.cam_from_world) < 2 or model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
                 continue
+            if refiner is not None:
+                model = _refined(model, mapper, refiner)
+                update_keypoints(database, model.keypoints())
             taken.update(model.cam_from_world)
             models.append(model)
             if share < DOUBTFUL_SHARE:
@@ -98,6 +105,14 @@ def build_models(database: Path, given: MapInput, settings: MapperSettings, prog
                     "their matches; its poses may be wrong"
                 )
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+
+
+def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapModel:
+    """The model adjusted to refined observations; as it was where these do not hold all of its images."""
+    tracks = model.tracks()
+    refined = refiner.refine(tracks, model)
+    adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
+    return adjusted if adjusted.cam_from_world.keys() == model.cam_from_world.keys() else model
 
 
 def photo_scale(scales: Sequence[float]) -> float:

@@ -1,0 +1,230 @@
+"""Sub-pixel refinement: every observation of a track is moved to where it shows what the track's best view shows.
+
+Keypoints of learned features are good to about a pixel; bundle adjustment can be no better than they are. Once a first
+model says how a track's views are placed, its surface patch can be compared between the photos themselves, at their
+full resolution. The best view keeps its keypoint and says which point of the surface is meant; the others are aligned
+to it, under the affine map that the plane through the neighbouring points implies. What does not align is no
+observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from mast3r_sfm.mapping.patches import Patches, align_patches, cut_windows, smooth
+from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
+
+SMOOTHING = 1.0
+"""Of the photos, in pixels of the patches."""
+MIN_CORRELATION = 0.75
+MAX_MOVE = 4.0
+"""Pixels of matching between where an observation is found and where the model expects it."""
+MAX_UNCERTAINTY = 0.25
+"""Pixels of the patch."""
+NEIGHBOURS = 16
+MAX_THICKNESS = 0.3
+"""Spread of the neighbouring points across their plane over that along it, above which there is no plane."""
+MIN_COSINE = 0.35
+"""Between the plane's normal and the direction of the views, below which the plane is not believed."""
+_MAX_STRETCH = 8.0
+
+
+class Geometry(Protocol):
+    """The cameras of a model."""
+
+    def project(self, image: int, points: Float64) -> Float64:
+        """World points [M, 3] to photo pixels [M, 2]; NaN behind the camera."""
+        ...
+
+    def viewing_rays(self, image: int, xy: Float64) -> tuple[Float64, Float64]:
+        """The camera's centre [3] and the unit directions [M, 3] of photo pixels, in the world."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """What became of the observations of `Tracks`, in their order."""
+
+    xy: Float64
+    """[O, 2] photo pixels."""
+    kept: Bool
+    """[O]: false where the observation does not show what the track's best view shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refiner:
+    """Refines the tracks of one model after the other."""
+
+    load_grey: Callable[[int], Float32]
+    """The stored pixels of an image [H, W], by its number."""
+    pixel_scale: float
+    """Photo pixels per pixel of matching: how far observations may be off."""
+    threads: int
+
+    @property
+    def levels(self) -> list[float]:
+        """Photo pixels per pixel of the patches, from coarse to the full resolution."""
+        levels, level = [], 2.0 * max(self.pixel_scale, 1.0)
+        while level >= 1.5:
+            levels.append(level)
+            level /= 2
+        return [*levels, 1.0]
+
+    def refine(self, tracks: Tracks, geometry: Geometry) -> Refined:
+        """Align all observations of the tracks of one model.
+
+        Args:
+            tracks: of a bundle-adjusted model.
+            geometry: its cameras.
+        """
+        plan = _plan(tracks, geometry, reach=self.levels[0])
+        xy, kept = tracks.xy.copy(), np.ones(len(tracks.xy), bool)
+        images = np.unique(tracks.image).tolist()
+        with ThreadPoolExecutor(self.threads) as pool:
+            windows = self._cut_all(pool, tracks, plan, images)
+            work = {image: np.flatnonzero(tracks.image[plan.moving] == image) for image in images}
+            found = pool.map(lambda image: self._align(image, plan, work[image], windows), images)
+            for image, (place, good) in zip(images, found, strict=True):
+                rows = plan.moving[work[image]]
+                xy[rows], kept[rows] = place, good
+        return Refined(xy=xy, kept=kept)
+
+    def _cut_all(self, pool: Executor, tracks: Tracks, plan: _Plan, images: Sequence[int]) -> list[torch.Tensor]:
+        """Per level, the windows [K, …] of all points in their reference's photo."""
+        work = {image: np.flatnonzero(tracks.image[plan.reference] == image) for image in images}
+        cuts = pool.map(lambda image: self._cut(image, tracks.xy[plan.reference[work[image]]]), images)
+        windows: list[torch.Tensor] = []
+        for image, cut in zip(images, cuts, strict=True):
+            windows = windows or [level.new_zeros((len(plan.reference), *level.shape[1:])) for level in cut]
+            for whole, part in zip(windows, cut, strict=True):
+                whole[torch.from_numpy(work[image])] = part
+        return windows
+
+    @torch.inference_mode()
+    def _cut(self, image: int, xy: Float64) -> list[torch.Tensor]:
+        grey, places = torch.from_numpy(self.load_grey(image)), torch.from_numpy(xy).float()
+        return [cut_windows(smooth(grey, SMOOTHING * level), places, level) for level in self.levels]
+
+    @torch.inference_mode()
+    def _align(self, image: int, plan: _Plan, mine: Int64, windows: Sequence[torch.Tensor]) -> tuple[Float64, Bool]:
+        """Places [M, 2] of the moving observations `mine` of an image, and whether they are to be believed."""
+        grey = torch.from_numpy(self.load_grey(image))
+        affine, start = torch.from_numpy(plan.affine[mine]).float(), torch.from_numpy(plan.start[mine]).float()
+        point, good = torch.from_numpy(plan.point[mine]), torch.from_numpy(plan.usable[mine])
+        place = start
+        for level, cut in zip(self.levels, windows, strict=True):
+            found = align_patches(smooth(grey, SMOOTHING * level), Patches.prepare(cut[point]), level * affine, place)
+            place = found.xy
+        good &= found.converged & (found.correlation > MIN_CORRELATION) & (found.uncertainty < MAX_UNCERTAINTY)
+        good &= (place - start).norm(dim=1) < MAX_MOVE * max(self.pixel_scale, 1.0)
+        return place.double().numpy(), good.numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Which observations are aligned to which, and how their patches are distorted."""
+
+    reference: Int64
+    """[K] the observation of each point that the others are aligned to."""
+    moving: Int64
+    """[R] the other observations."""
+    point: Int64
+    """[R] the point of each."""
+    affine: Float64
+    """[R, 2, 2] from pixels of the reference's photo to those of the observation's."""
+    start: Float64
+    """[R, 2] where the observation is expected."""
+    usable: Bool
+    """[R]: the affine map is one that a patch survives."""
+
+
+def _plan(tracks: Tracks, geometry: Geometry, reach: float) -> _Plan:
+    directions = _towards_cameras(tracks, geometry)
+    mean = np.zeros_like(tracks.points)
+    np.add.at(mean, tracks.point, directions)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True).clip(min=1e-12)
+    # The most central view distorts the patch least on the way to all others.
+    central = (directions * mean[tracks.point]).sum(axis=1)
+    order = np.lexsort((-central, tracks.point))
+    reference = order[np.r_[True, np.diff(tracks.point[order]) > 0]]
+    is_moving = np.ones(len(tracks.point), bool)
+    is_moving[reference] = False
+    moving = np.flatnonzero(is_moving)
+    normals = _normals(tracks.points, mean)
+    affine, start = _transfer(tracks, geometry, reference[tracks.point[moving]], moving, normals, reach)
+    with np.errstate(invalid="ignore"):
+        stretch = np.abs(np.linalg.det(affine))
+        usable = np.isfinite(affine).all(axis=(1, 2)) & np.isfinite(start).all(axis=1)
+        usable &= (stretch > 1 / _MAX_STRETCH) & (stretch < _MAX_STRETCH)
+    affine[~usable], start[~usable] = np.eye(2), tracks.xy[moving[~usable]]
+    return _Plan(
+        reference=reference, moving=moving, point=tracks.point[moving], affine=affine, start=start, usable=usable
+    )
+
+
+def _towards_cameras(tracks: Tracks, geometry: Geometry) -> Float64:
+    """[O, 3] unit directions from each observation's point to its camera."""
+    directions = np.empty((len(tracks.point), 3))
+    for image in np.unique(tracks.image):
+        mine = tracks.image == image
+        centre, _ = geometry.viewing_rays(int(image), np.zeros((0, 2)))
+        directions[mine] = centre - tracks.points[tracks.point[mine]]
+    unit: Float64 = directions / np.linalg.norm(directions, axis=1, keepdims=True).clip(min=1e-12)
+    return unit
+
+
+def _normals(points: Float64, towards: Float64) -> Float64:
+    """[K, 3] unit normals of the surface at each point, from its neighbours; `towards` [K, 3] where they show none."""
+    count = min(NEIGHBOURS, len(points))
+    found = cKDTree(points).query(points, k=range(1, count + 1))
+    distance, neighbours = np.asarray(found[0], np.float64), np.asarray(found[1], np.int64)
+    middle = np.median(distance, axis=1, keepdims=True).clip(min=1e-12)
+    weight = 1 / (1 + (distance / middle) ** 2)
+    offsets = points[neighbours] - points[:, None]
+    spread, axes = np.linalg.eigh(np.einsum("kn,kni,knj->kij", weight, offsets, offsets))
+    normals = axes[:, :, 0]
+    normals = normals * np.where((normals * towards).sum(axis=1) < 0, -1.0, 1.0)[:, None]
+    is_plane = (spread[:, 0] < MAX_THICKNESS * spread[:, 1]) & ((normals * towards).sum(axis=1) > MIN_COSINE)
+    chosen: Float64 = np.where(is_plane[:, None], normals, towards)
+    return chosen
+
+
+def _transfer(
+    tracks: Tracks, geometry: Geometry, reference: Int64, moving: Int64, normals: Float64, reach: float
+) -> tuple[Float64, Float64]:
+    """How the plane at a point maps the reference's photo to that of a moving observation.
+
+    Args:
+        tracks: of the model.
+        geometry: its cameras.
+        reference: [R] observations.
+        moving: [R] observations of the same points.
+        normals: [K, 3] of the planes.
+        reach: photo pixels over which the map is measured.
+
+    Returns:
+        [R, 2, 2] the map's derivative; [R, 2] where it takes the reference's keypoint.
+    """
+    points, normal = tracks.points[tracks.point[moving]], normals[tracks.point[moving]]
+    probes = reach * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    seen = np.empty((len(probes), len(moving), 2))
+    seen_by = {int(image): np.flatnonzero(tracks.image[reference] == image) for image in np.unique(tracks.image)}
+    seen_in = {int(image): np.flatnonzero(tracks.image[moving] == image) for image in np.unique(tracks.image)}
+    for number, probe in enumerate(probes):
+        on_plane = np.empty_like(points)
+        for image, mine in seen_by.items():
+            centre, rays = geometry.viewing_rays(image, tracks.xy[reference[mine]] + probe)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                depth = ((points[mine] - centre) * normal[mine]).sum(axis=1) / (rays * normal[mine]).sum(axis=1)
+            on_plane[mine] = centre + rays * depth[:, None]
+        for image, mine in seen_in.items():
+            seen[number, mine] = geometry.project(image, on_plane[mine])
+    affine = np.stack([seen[1] - seen[2], seen[3] - seen[4]], axis=2) / (2 * reach)
+    return affine, seen[0]
