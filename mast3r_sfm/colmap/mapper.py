@@ -67,28 +67,33 @@ class Mapper:
             self._adjust(mapper, triangulation)
         self._settle_principal_points(mapper, reconstruction, triangulation)
         _one_observation_per_image(mapper.observation_manager, reconstruction)
-        mapper.end_reconstruction(False)
-        for camera in reconstruction.cameras.values():
-            if camera.model.name != self._settings.config.camera_model:
-                _change_model(camera, self._settings.config.camera_model)
-        return ColmapModel(reconstruction)
+        return self._finish(mapper, reconstruction)
 
     def readjust(self, model: ColmapModel) -> ColmapModel:
         """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them."""
         reconstruction = model.reconstruction
+        self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
+        for number, camera in reconstruction.cameras.items():
+            if camera.model != self._cache.camera(number).model:
+                _change_model(camera, "SIMPLE_PINHOLE")
         options, bundle = _mapper_options(self._settings), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
         mapper = pycolmap.IncrementalMapper(self._cache)
         mapper.begin_reconstruction(reconstruction)
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
+        # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
+        # the raw ones, which err independently, showed.
+        shifted = {number for number in used if not _is_centred(reconstruction.camera(number))}
+        refined: dict[int, Float64] = {}
         for _ in range(READJUSTMENTS):
             bundle.refine_principal_point, options.constant_cameras = False, set()
             mapper.adjust_global_bundle(options, bundle)
             mapper.filter_points(options)
             bundle.refine_principal_point = True
-            refined = off_centre_cameras(reconstruction, bundle)
-            for number in sorted(used):
+            found = off_centre_cameras(reconstruction, bundle) if shifted else {}
+            refined = {number: params for number, params in found.items() if number in shifted}
+            for number in sorted(shifted):
                 camera = reconstruction.camera(number)
                 if number in refined:
                     camera.params = refined[number].tolist()
@@ -99,7 +104,14 @@ class Mapper:
             mapper.adjust_global_bundle(options, bundle)
             mapper.filter_points(options)
         mapper.filter_frames(options)
+        return self._finish(mapper, reconstruction)
+
+    def _finish(self, mapper: pycolmap.IncrementalMapper, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
+        """All cameras in the model that was asked for, those whose distortion was held too."""
         mapper.end_reconstruction(False)
+        for camera in reconstruction.cameras.values():
+            if camera.model.name != self._settings.config.camera_model:
+                _change_model(camera, self._settings.config.camera_model)
         return ColmapModel(reconstruction)
 
     def _hold_distortion(self, images: Iterable[int]) -> None:
@@ -207,6 +219,11 @@ def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruct
                 for keypoint in np.delete(keypoints, int(np.argmin(errors))).tolist():
                     if reconstruction.exists_point3D(number):
                         manager.delete_observation(image_id, keypoint)
+
+
+def _is_centred(camera: pycolmap.Camera) -> bool:
+    middle = (camera.width / 2, camera.height / 2)
+    return bool(np.allclose((camera.principal_point_x, camera.principal_point_y), middle, rtol=0, atol=1e-6))
 
 
 def _change_model(camera: pycolmap.Camera, model: str) -> None:

@@ -22,6 +22,8 @@ MIN_POINTS = 20
 MIN_OBSERVED_SHARE = 0.1
 """Share of its images' matched keypoints that a model must explain. Right models explain 0.4 and more on the sets at
 hand, a mostly wrong one 0.23. It is no proof: of an object without texture, a wrong model explained 0.6."""
+MIN_REFINED_PX = 256
+"""Long side of photos below which patches are no detail any more: of 96 px wide renderings, refined poses are worse."""
 DOUBTFUL_SHARE = 0.3
 """Below this share a model is kept, and said to be doubtful."""
 
@@ -93,7 +95,7 @@ def build_models(
             share = model.observed_share
             if len(model.cam_from_world) < 2 or model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
                 continue
-            if refiner is not None:
+            if refiner is not None and _is_large_enough(model):
                 model = _refined(model, mapper, refiner)
                 update_keypoints(database, model.keypoints())
             taken.update(model.cam_from_world)
@@ -105,6 +107,10 @@ def build_models(
                     "their matches; its poses may be wrong"
                 )
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+
+
+def _is_large_enough(model: ColmapModel) -> bool:
+    return min(max(camera.width_px, camera.height_px) for camera in model.cameras.values()) >= MIN_REFINED_PX
 
 
 def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapModel:
