@@ -177,6 +177,7 @@ class Describer:
     name = "describer"
     fingerprint = "0" * 64
     retrieval_tokens = 100
+    images_at_once = 1
     preparation = Preparation(size_px=max(WIDTH_PX, HEIGHT_PX))
 
     def __init__(self, scene: Scene, *, photo_scale: float = 1.0, strangers: int = 0, seed: int = 0) -> None:

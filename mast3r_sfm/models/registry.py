@@ -83,13 +83,12 @@ def load_model(
     path = find_weights(name) if name in CATALOGUE else Path(name)
     if path is None:
         raise WeightsError(missing_text(CATALOGUE[name]))
-    return Mast3rModel(
-        read_checkpoint(path),
-        place,
-        precision=Precision(decoder=resolve_dtype(dtype, place), tf32=tf32),
-        compiled=compiled,
-        max_size_px=config.max_size_px,
-    )
+    checkpoint = read_checkpoint(path)
+    precision = Precision(decoder=resolve_dtype(dtype, place), tf32=tf32)
+    try:
+        return Mast3rModel(checkpoint, place, precision=precision, compiled=compiled, max_size_px=config.max_size_px)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
 
 
 def resolve_dtype(name: DecoderType, device: torch.device) -> torch.dtype:

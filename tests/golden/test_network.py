@@ -1,11 +1,17 @@
-"""Parity of the networks with what the public implementation computes, intermediate values included."""
+"""Parity of the networks with what the public implementation computes, intermediate values included.
+
+Once with attention computed step by step, which shows that the formulas are the same, and once as it really runs:
+torch's fused kernel sums in another order. That alone moves values inside the network by up to 1.3 times the tolerance
+that is recommended for them, while the reference is up to three times as far from a float64 result. What the network
+gives stays within its tolerances with either.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,6 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mast3r_sfm.models.mast3r.architecture import Architecture
 from mast3r_sfm.models.mast3r.arguments import architecture_from, parse_model_text
@@ -48,17 +55,39 @@ def _normed_close(ours: NDArray[Any], stored: NDArray[Any], relative: float, nam
     assert error.max() <= relative, f"{name}: off by {error.max():.1e} of the distance"
 
 
-def assert_parity(ours: NDArray[Any], stored: NDArray[Any], name: str) -> None:
-    """Within the tolerances that the README of the golden files recommends."""
+TOLERANCES = {"conf": (1e-4, 0.0), "desc_conf": (1e-4, 0.0), "desc": (0.0, 5e-5), "pos": (1e-6, 1e-6)}
+"""Relative and absolute, as the README of the golden files recommends them."""
+INSIDE = (1e-4, 2e-5)
+"""Of all other values but points."""
+
+
+def assert_parity(ours: NDArray[Any], stored: NDArray[Any], name: str, slack: float = 1.0) -> None:
+    """Within the tolerances; with `slack` times that of values inside the network."""
     assert ours.shape == stored.shape, name
     kind = name.rsplit("/", 1)[-1]
     if kind == "pts3d":
         _normed_close(ours, stored, 1e-3, name)
         return
-    relative, absolute = {"conf": (1e-4, 0.0), "desc_conf": (1e-4, 0.0), "desc": (0.0, 5e-5), "pos": (1e-6, 1e-6)}.get(
-        kind, (1e-4, 2e-5)
-    )
+    relative, absolute = TOLERANCES.get(kind, (slack * INSIDE[0], slack * INSIDE[1]))
     np.testing.assert_allclose(ours, stored, rtol=relative, atol=absolute, err_msg=name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, small products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["explicit", "fused"])
+def attention(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How attention is computed: step by step, or as it really runs."""
+    how: str = request.param
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if how == "explicit" else nullcontext()
+    with context:
+        yield how
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +220,14 @@ def images_of(stored: Values, prefix: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def compare(ours: Values, stored: Values, prefix: str) -> int:
+def compare(ours: Values, stored: Values, prefix: str, attention: str) -> int:
     """Every stored value that is no input; how many there were."""
+    slack = {"explicit": 1.0, "fused": 4.0}[attention]
     names = [name.removeprefix(f"{prefix}/") for name in stored if name.startswith(f"{prefix}/")]
     names = [name for name in names if not name.startswith("in/")]
     assert set(names) <= ours.keys(), sorted(set(names) - ours.keys())
     for name in names:
-        assert_parity(ours[name], stored[f"{prefix}/{name}"], f"{prefix}/{name}")
+        assert_parity(ours[name], stored[f"{prefix}/{name}"], f"{prefix}/{name}", slack)
     return len(names)
 
 
@@ -210,7 +240,7 @@ def test_no_stored_case_is_left_out(stored_of: Callable[[str], Values]) -> None:
 
 @pytest.mark.parametrize(("model", "case"), _of_mode("infer"))
 def test_inference(
-    model: str, case: str, network_of: Callable[[str], Network], stored_of: Callable[[str], Values]
+    model: str, case: str, attention: str, network_of: Callable[[str], Network], stored_of: Callable[[str], Values]
 ) -> None:
     network, stored, prefix = network_of(model), stored_of(model), f"infer/{case}"
     images = images_of(stored, prefix)
@@ -221,12 +251,12 @@ def test_inference(
         for view, batch in zip(VIEWS, images, strict=True):
             assert stored[f"{prefix}/in/{view}/true_shape"].tolist() == [list(batch.shape[2:])] * len(batch)
         ours = both_orders(network, images)
-    assert compare(ours, stored, prefix) >= 4
+    assert compare(ours, stored, prefix, attention) >= 4
 
 
 @pytest.mark.parametrize(("model", "case"), _of_mode("manyar"))
 def test_portrait_images_in_their_own_shape_equal_transposed_ones(
-    model: str, case: str, network_of: Callable[[str], Network], stored_of: Callable[[str], Values]
+    model: str, case: str, attention: str, network_of: Callable[[str], Network], stored_of: Callable[[str], Values]
 ) -> None:
     """The reference trains on landscape batches; ours runs each image as it is, and transposes what comes out."""
     network, stored, prefix = network_of(model), stored_of(model), f"manyar/{case}"
@@ -248,7 +278,7 @@ def test_portrait_images_in_their_own_shape_equal_transposed_ones(
     assert any(shape[0] > shape[1] for shape in np.concatenate(shapes))
     kinds = [name for name in items[0] if name.startswith(("out/", "mid/view1/enc_norm", "mid/view1/pos"))]
     ours = {name: np.concatenate([item[name] for item in items]) for name in kinds}
-    assert compare(ours, stored, prefix) >= 6
+    assert compare(ours, stored, prefix, attention) >= 6
 
 
 @pytest.mark.parametrize("model", CASES)
@@ -354,6 +384,7 @@ def procedural_network(spec: dict[str, Any], recipe: dict[str, Any]) -> Network:
 
 def test_the_official_architecture(golden_dir: Path, spec: dict[str, Any], stored_of: Callable[[str], Values]) -> None:
     """With weights by a rule; the outputs are stored in part."""
+    torch.set_num_threads(2)
     recipe = json.loads((golden_dir / "official_arch_procedural.json").read_text(encoding="utf-8"))
     network = procedural_network(spec, recipe)
     network.pack_for_cpu()  # as it runs on CPUs, and quicker here
@@ -368,22 +399,24 @@ def test_the_official_architecture(golden_dir: Path, spec: dict[str, Any], store
         for name, value in ours.items():
             prefix = f"{case}/{name}"
             if f"{prefix}_every8tok" in stored:
-                np.testing.assert_allclose(value[:, ::8], stored[f"{prefix}_every8tok"], rtol=1e-3, atol=2e-4)
+                tokens = stored[f"{prefix}_every8tok"]
+                np.testing.assert_allclose(value[:, ::8], tokens, rtol=4e-4, atol=8e-5, err_msg=prefix)
                 compared.add(f"{prefix}_every8tok")
             if f"{prefix}_at_3::8" in stored:
                 assert_official(value[:, 3::8, 3::8], stored[f"{prefix}_at_3::8"], prefix)
                 average = value.mean(dtype=np.float64), value.std(dtype=np.float64)
-                np.testing.assert_allclose(average, stored[f"{prefix}_mean_std_f64"], rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(average, stored[f"{prefix}_mean_std_f64"], rtol=1e-4, atol=2e-5)
                 compared |= {f"{prefix}_at_3::8", f"{prefix}_mean_std_f64"}
     assert compared == {name for name in stored if "/in/" not in name}
 
 
 def assert_official(ours: NDArray[Any], stored: NDArray[Any], name: str) -> None:
+    """The README's tolerances for this size are a guess; these are a tenth of them, and ten times what was measured."""
     assert ours.shape == stored.shape, name
     kind = name.rsplit("/", 1)[-1]
     if kind == "pts3d":
-        _normed_close(ours, stored, 2e-3, name)
+        _normed_close(ours, stored, 2e-4, name)
     elif kind == "desc":
-        np.testing.assert_allclose(ours, stored, rtol=0, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(ours, stored, rtol=0, atol=5e-5, err_msg=name)
     else:
-        np.testing.assert_allclose(ours, stored, rtol=2e-3, err_msg=name)
+        np.testing.assert_allclose(ours, stored, rtol=2e-4, err_msg=name)

@@ -138,7 +138,7 @@ def test_points_of_a_pointmap_model_are_kept() -> None:
     points_first = 7.0 * rng.uniform([-1, -1, 3], [1, 1, 6], (len(is_true), 3))
     truth = scene.second_from_first(0, 1)
     points_second = transform_points(make_pose(truth[:, :3], 7.0 * truth[:, 3]), points_first)
-    given = replace(putative, points_first=points_first, points_second=points_second)
+    given = replace(putative, points=lambda chosen: (points_first[chosen], points_second[chosen]))
     match = calibrate_pair(check_pair((0, 1), given, CONFIG, 0), view(), view(), CONFIG, 0)
     rows = {tuple(row) for row in np.concatenate([points_first, points_second], axis=1).tolist()}
     assert {tuple(row) for row in np.concatenate([match.points_first, match.points_second], axis=1).tolist()} <= rows

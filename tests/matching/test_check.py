@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import homogeneous, sampson_error
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair, min_significant_inliers
-from mast3r_sfm.types import Verdict
+from mast3r_sfm.types import Float64, Int64, Verdict
 from tests.exact import Scene, random_pixels, ring, street, turning, wall
 
 CONFIG = MatchConfig()
@@ -59,13 +61,7 @@ def test_the_matrices_fit_the_inliers() -> None:
 def test_matches_come_best_first_with_their_points() -> None:
     putative, _ = ring(2, turn_deg=40).putative(0, 1, outliers=0.2)
     numbers = np.repeat(np.arange(len(putative.xy_first), dtype=np.float64)[:, None], 3, axis=1)
-    tagged = Putative(
-        xy_first=putative.xy_first,
-        xy_second=putative.xy_second,
-        confidence=putative.confidence,
-        points_first=numbers,
-        points_second=-numbers,
-    )
+    tagged = replace(putative, points=lambda chosen: (numbers[chosen], -numbers[chosen]))
     edge = check_pair((0, 1), tagged, CONFIG, 0)
     assert (np.diff(edge.confidence) <= 0).all()
     assert edge.points_first is not None
@@ -75,6 +71,25 @@ def test_matches_come_best_first_with_their_points() -> None:
     np.testing.assert_array_equal(putative.xy_second[origin], edge.xy_second)
     np.testing.assert_array_equal(putative.confidence[origin], edge.confidence)
     np.testing.assert_array_equal(edge.points_second, -edge.points_first)
+
+
+def test_points_are_made_for_links_only() -> None:
+    """A pointmap model pays for each point."""
+    asked: list[int] = []
+
+    def points(chosen: Int64) -> tuple[Float64, Float64]:
+        asked.append(len(chosen))
+        return np.ones((len(chosen), 3)), np.ones((len(chosen), 3))
+
+    edge = check_pair((0, 1), replace(noise(0, 400), points=points), CONFIG, 0)
+    assert edge.verdict is Verdict.WEAK
+    assert edge.points_first is None
+    assert edge.points_second is None
+    assert asked == []
+    putative, is_true = ring(2, turn_deg=40).putative(0, 1, outliers=0.5)
+    edge = check_pair((0, 1), replace(putative, points=points), CONFIG, 0)
+    assert asked == [len(edge.xy_first)]
+    assert 0.9 * is_true.sum() < asked[0] < 1.1 * is_true.sum()
 
 
 def test_chance_is_never_a_link() -> None:

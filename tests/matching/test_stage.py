@@ -106,7 +106,7 @@ def test_packing_and_unpacking_is_the_identity(scene: Scene) -> None:
         putative, _ = scene.putative(0, 1, seed=number)
         if with_points:
             points = np.random.default_rng(number).normal(size=(len(putative.xy_first), 3))
-            putative = replace(putative, points_first=points, points_second=-points)
+            putative = replace(putative, points=lambda chosen, points=points: (points[chosen], -points[chosen]))
         mixed.append(check_pair((number, number + 1), putative.subset(np.arange(count)), config, 0))
     assert {edge.verdict for edge in mixed} == {Verdict.GOOD, Verdict.TOO_FEW}
     back = stage._unpack(stage._pack(mixed))

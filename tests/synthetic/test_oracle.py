@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -29,9 +29,41 @@ from tests.scenes import (
 )
 
 
-def predict(model: OracleModel, first: int, second: int, views=None) -> PairPrediction:
+@dataclass(frozen=True, kw_only=True)
+class Maps:
+    """A prediction at every pixel of both views."""
+
+    points_in_first: torch.Tensor
+    """[2, H, W, 3]."""
+    confidence: torch.Tensor
+    """[2, H, W] of the points."""
+    descriptors: torch.Tensor
+    descriptor_confidence: torch.Tensor
+
+
+def maps(prediction: PairPrediction) -> Maps:
+    assert not prediction.euclidean
+    views = (prediction.first, prediction.second)
+    shape = views[0].descriptors.shape[:2]
+    points = [view.points_at(torch.arange(shape.numel())) for view in views]
+    return Maps(
+        points_in_first=torch.stack([xyz.reshape(*shape, 3) for xyz, _ in points]),
+        confidence=torch.stack([confidence.reshape(shape) for _, confidence in points]),
+        descriptors=torch.stack([view.descriptors for view in views]),
+        descriptor_confidence=torch.stack([view.descriptor_confidence for view in views]),
+    )
+
+
+def decode(model: OracleModel, first: Encoding, second: Encoding) -> Maps:
+    """The pair in its first order."""
+    ((number, forward, _),) = model.predict([(first, second)])
+    assert number == 0
+    return maps(forward)
+
+
+def predict(model: OracleModel, first: int, second: int, views=None) -> Maps:
     encodings = model.encode(load(views or facade_views()))
-    return model.predict(encodings[first], encodings[second])
+    return decode(model, encodings[first], encodings[second])
 
 
 def true_points(views, first: int, second: int) -> Float64:
@@ -39,7 +71,7 @@ def true_points(views, first: int, second: int) -> Float64:
     return np.stack([transform_points(a.cam_from_world, view.points_world) for view in (a, b)])
 
 
-def mutual_matches(prediction: PairPrediction) -> tuple[Float64, Float64]:
+def mutual_matches(prediction: Maps) -> tuple[Float64, Float64]:
     """[M, 2] integer pixels (x, y) of both views whose descriptors are each other's nearest."""
     first, second = prediction.descriptors.reshape(2, -1, prediction.descriptors.shape[-1])
     similarity = first @ second.T
@@ -72,6 +104,31 @@ def test_maps_have_the_promised_shapes_and_ranges() -> None:
 def test_without_noise_the_pointmaps_are_the_truth(pair: tuple[int, int]) -> None:
     prediction = predict(oracle(facade_views()), *pair)
     np.testing.assert_allclose(prediction.points_in_first, true_points(facade_views(), *pair), rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_come_with_their_numbers_and_in_both_orders() -> None:
+    model = oracle(facade_views(), log_scale=0.3)
+    encodings = model.encode(load(facade_views()))
+    found = list(model.predict([(encodings[0], encodings[1]), (encodings[4], encodings[2])]))
+    assert [number for number, _, _ in found] == [0, 1]
+    for (first, second), (_, forward, backward) in zip(((0, 1), (4, 2)), found, strict=True):
+        for one, other, orders in ((first, second, forward), (second, first, backward)):
+            expected = decode(model, encodings[one], encodings[other])
+            torch.testing.assert_close(maps(orders).points_in_first, expected.points_in_first, rtol=0, atol=0)
+            torch.testing.assert_close(maps(orders).descriptors, expected.descriptors, rtol=0, atol=0)
+    assert list(model.predict([])) == []
+    assert model.images_at_once == model.pairs_at_once == 1
+
+
+def test_points_are_given_where_they_are_asked_for() -> None:
+    model = oracle(facade_views())
+    encodings = model.encode(load(facade_views()))
+    ((_, forward, _),) = model.predict([(encodings[0], encodings[1])])
+    index = torch.tensor([WIDTH_PX * HEIGHT_PX - 1, 5, 5, WIDTH_PX])
+    points, confidence = forward.second.points_at(index)
+    whole = maps(forward)
+    torch.testing.assert_close(points, whole.points_in_first[1].flatten(0, 1)[index], rtol=0, atol=0)
+    torch.testing.assert_close(confidence, whole.confidence[1].flatten()[index], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["facade", "room", "object"])
@@ -113,7 +170,7 @@ def test_every_ordered_pair_has_a_scale_of_its_own() -> None:
     scales = []
     for first, second in [*combinations(range(9), 2), (1, 0)]:
         truth = true_points(views, first, second)
-        found = model.predict(encodings[first], encodings[second]).points_in_first.numpy()
+        found = decode(model, encodings[first], encodings[second]).points_in_first.numpy()
         scale = float((found * truth).sum() / (truth**2).sum())
         np.testing.assert_allclose(found, scale * truth, rtol=1e-4, atol=1e-4)
         scales.append(scale)
@@ -155,9 +212,9 @@ def test_outlier_pairs_are_wrong_consistent_and_as_many_as_asked_for() -> None:
     for first, second in combinations(range(len(names)), 2):
         outlier = model.is_outlier(names[first], names[second])
         assert outlier == model.is_outlier(names[second], names[first])
-        forward = model.predict(encodings[first], encodings[second]).points_in_first[1].numpy().reshape(-1, 3)
+        forward = decode(model, encodings[first], encodings[second]).points_in_first[1].numpy().reshape(-1, 3)
         # The second view's own pointmap, as the other order tells it, gives the relative pose that the oracle claims.
-        own = model.predict(encodings[second], encodings[first]).points_in_first[0].numpy().reshape(-1, 3)
+        own = decode(model, encodings[second], encodings[first]).points_in_first[0].numpy().reshape(-1, 3)
         claimed = fitted_rotation(own, forward)
         truth = second_from_first(shots[first], shots[second])[:, :3].T
         error = np.degrees(angle_between_rotations(claimed, truth))
@@ -233,7 +290,7 @@ def test_an_encoding_is_recognised_after_a_trip_through_memory() -> None:
         replace(item, tokens=np.frombuffer(item.tokens.tobytes(), np.float16).reshape(48, 64)) for item in encodings
     ]
     torch.testing.assert_close(
-        model.predict(copies[1], copies[4]).descriptors, model.predict(encodings[1], encodings[4]).descriptors
+        decode(model, copies[1], copies[4]).descriptors, decode(model, encodings[1], encodings[4]).descriptors
     )
 
 
@@ -241,7 +298,7 @@ def test_strangers_are_refused() -> None:
     model = oracle(facade_views())
     (stranger,) = oracle(room_views()).encode(load(room_views())[:1])
     with pytest.raises(InputError, match="not made by this oracle"):
-        model.predict(stranger, stranger)
+        decode(model, stranger, stranger)
     (name, view), *_ = facade_views().items()
     loaded = load({name: view})[0]
 

@@ -27,6 +27,7 @@ from mast3r_sfm.types import (
     RunReport,
     Verdict,
     ViewGraph,
+    ViewPrediction,
 )
 
 IDENTITY = np.eye(2, 3)
@@ -174,21 +175,24 @@ def test_a_wrong_encoding(values: dict[str, Any], message: str) -> None:
         encoding(**values)
 
 
-@pytest.mark.parametrize("wrong", [None, "points_in_first", "confidence", "descriptors", "descriptor_confidence"])
-def test_maps_of_a_prediction_must_agree(wrong: str | None) -> None:
-    shapes = {
-        "points_in_first": (2, 6, 8, 3),
-        "confidence": (2, 6, 8),
-        "descriptors": (2, 6, 8, 24),
-        "descriptor_confidence": (2, 6, 8),
-    }
-    maps = {name: torch.ones(shape) for name, shape in shapes.items()}
-    if wrong is None:
-        assert PairPrediction(**maps).confidence.shape == (2, 6, 8)
-        return
-    maps[wrong] = maps[wrong][:, :5]
-    with pytest.raises(ShapeError, match="must have the shape"):
-        PairPrediction(**maps)
+@pytest.mark.parametrize(
+    ("descriptors", "confidence"),
+    [((6, 8, 24), (5, 8)), ((6, 8, 24), (6, 8, 1)), ((6, 8), (6, 8)), ((2, 6, 8, 24), (2, 6, 8)), ((5, 8, 24), (6, 8))],
+)
+def test_maps_of_a_prediction_must_agree(descriptors: tuple[int, ...], confidence: tuple[int, ...]) -> None:
+    def points_at(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(len(index), 3), torch.ones(len(index))
+
+    # Views of two shapes are all right.
+    views = [
+        ViewPrediction(descriptors=torch.ones(*size, 24), descriptor_confidence=torch.ones(*size), points_at=points_at)
+        for size in ((6, 8), (8, 6))
+    ]
+    assert not PairPrediction(first=views[0], second=views[1]).euclidean
+    with pytest.raises(ShapeError, match=r"ViewPrediction: descriptors \(.*\) must be \[H, W, D\] and \[H, W\]"):
+        ViewPrediction(
+            descriptors=torch.ones(descriptors), descriptor_confidence=torch.ones(confidence), points_at=points_at
+        )
 
 
 @given(pairs=st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda pair: pair[0] < pair[1])))

@@ -1,8 +1,8 @@
 """The dense prediction head (DPT, Ranftl et al., arXiv 2103.13413): from tokens of four depths to a map of pixels.
 
 Parameters carry the names of the official checkpoints. Two steps are done in another way than the paper draws them,
-with the same result: a 1×1 convolution before its upsampling instead of after it (both are linear, and the weights of an
-interpolation sum to one), and, where only some pixels are asked for, the last convolutions at these alone.
+with the same result: a 1×1 convolution before its upsampling instead of after it (both are linear, and the weights of
+an interpolation sum to one), and, where only some pixels are asked for, the last convolutions at these alone.
 
 Shape letters: B batch, C channels, h w grid of patches of 16 px, H W = 16h 16w pixels, M pixels asked for.
 """

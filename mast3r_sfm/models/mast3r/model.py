@@ -88,7 +88,12 @@ class Mast3rModel:
         self._network.decoder_to(precision.decoder)
         self._network.to(device)
         on_cpu = device.type == "cpu"
+        self._compiler_errors: tuple[type[Exception], ...] = ()
         if compiled:
+            # A second or more to import, for those who ask for it.
+            from torch._dynamo.exc import TorchDynamoException
+
+            self._compiler_errors = (TorchDynamoException,)
             self._network.compile_blocks()
         elif on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             self._network.pack_for_cpu()
@@ -143,6 +148,12 @@ class Mast3rModel:
                         f"{self._device} has too little free memory for {self.name}: free some, set a smaller "
                         "encode.max_size_px, or take --device cpu"
                     ) from error
+            except self._compiler_errors as error:
+                reason = str(error).partition("\n")[0]
+                raise ConfigError(
+                    f"--compile: torch cannot compile the network on this machine ({reason}); install a C++ compiler, "
+                    "or leave --compile out"
+                ) from error
             if results is None:
                 # Only here, with the exception gone, is what the failed batch had allocated free again.
                 at_once = max(1, len(batch) // 2)
@@ -156,9 +167,10 @@ class Mast3rModel:
     def _encode_alike(self, images: Sequence[LoadedImage]) -> list[Encoding]:
         pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self._device)
         tokens = self._network.encode((pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
-        self._check_finite(tokens)
+        halved = tokens.half()
+        self._check_finite([], [halved])
         attention = tokens.norm(dim=2).cpu().numpy()
-        stored = tokens.half().cpu().numpy()
+        stored = halved.cpu().numpy()
         return [
             Encoding(
                 tokens=stored[number],
@@ -191,10 +203,11 @@ class Mast3rModel:
 
     def _predict(self, first: Tensor, second: Tensor, grids: tuple[Grid, Grid]) -> list[PairPrediction]:
         outputs = self._network.decode(first, second, grids)
-        self._check_finite(outputs[0][-1], outputs[1][-1])
         views = [
             self._views(head, view, grid) for head, view, grid in zip(self._network.heads, outputs, grids, strict=True)
         ]
+        results = [(view.descriptors, view.descriptor_confidence) for view in views[0] + views[1]]
+        self._check_finite([output[-1] for output in outputs], [values for pair in results for values in pair])
         euclidean = not self._architecture.descriptor_channels
         return [
             PairPrediction(first=one, second=two, euclidean=euclidean)
@@ -222,7 +235,9 @@ class Mast3rModel:
         """Points of one view of one pair, whose tokens are kept instead of its pointmap."""
 
         def run(items: Sequence[Tensor]) -> list[Points]:
-            return [head.points_at(head.features(outputs, grid)[0], item) for item in items]
+            points = [head.points_at(head.features(outputs, grid)[0], item) for item in items]
+            self._check_finite([], [values for some in points for values in some])
+            return points
 
         (points,) = self._in_batches([index], 1, run)
         return points
@@ -235,11 +250,14 @@ class Mast3rModel:
         width, height = encoding.network_size
         return height // self._architecture.patch_px, width // self._architecture.patch_px
 
-    def _check_finite(self, *tokens: Tensor) -> None:
-        if not all(bool(torch.isfinite(some).all()) for some in tokens):
-            dtype = self._precision.decoder
-            advice = "the weights are broken" if dtype == torch.float32 else f"{dtype} overflows; take --dtype float32"
-            raise WeightsError(f"{self.name} gives NaN or infinite values: {advice}")
+    def _check_finite(self, decoded: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """What came out of the decoder, and what was computed in float32, before or after it."""
+        if _all_finite([*decoded, *results]):
+            return
+        dtype = self._precision.decoder
+        overflow = dtype != torch.float32 and decoded and not _all_finite(decoded)
+        advice = f"{dtype} overflows; take --dtype float32" if overflow else "the weights are broken"
+        raise WeightsError(f"{self.name} gives NaN or infinite values: {advice}")
 
     def _pairs_that_fit(self) -> int:
         if self._device.type != "cuda":
@@ -255,6 +273,11 @@ def _grouped(keys: Sequence[object]) -> list[list[int]]:
     for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
     return list(groups.values())
+
+
+def _all_finite(values: Sequence[Tensor]) -> bool:
+    # Asked at once: each question waits for the device.
+    return bool(torch.stack([torch.isfinite(some).all() for some in values]).all())
 
 
 def _pick(points: Points, index: Tensor) -> Points:
