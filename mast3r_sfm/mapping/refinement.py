@@ -85,8 +85,10 @@ class Refiner:
             tracks: of a bundle-adjusted model.
             geometry: its cameras.
         """
-        plan = _plan(tracks, geometry, reach=self.levels[0])
         xy, kept = tracks.xy.copy(), np.ones(len(tracks.xy), bool)
+        if not len(xy):
+            return Refined(xy=xy, kept=kept)
+        plan = _plan(tracks, geometry, reach=self.levels[0])
         images = np.unique(tracks.image).tolist()
         with ThreadPoolExecutor(self.threads) as pool:
             windows = self._cut_all(pool, tracks, plan, images)

@@ -24,6 +24,8 @@ MIN_OBSERVED_SHARE = 0.1
 hand, a mostly wrong one 0.23. It is no proof: of an object without texture, a wrong model explained 0.6."""
 MIN_REFINED_PX = 256
 """Long side of photos below which patches are no detail any more: of 96 px wide renderings, refined poses are worse."""
+MIN_OBSERVATIONS = 6
+"""Refined observations that every image must keep, unless it had fewer: its pose rests on them."""
 DOUBTFUL_SHARE = 0.3
 """Below this share a model is kept, and said to be doubtful."""
 
@@ -118,7 +120,15 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapMode
     tracks = model.tracks()
     refined = refiner.refine(tracks, model)
     adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
-    return adjusted if adjusted.cam_from_world.keys() == model.cam_from_world.keys() else model
+    return adjusted if _holds_all(adjusted, model) else model
+
+
+def _holds_all(adjusted: ColmapModel, model: ColmapModel) -> bool:
+    # COLMAP leaves images in a small model that have lost all of their observations.
+    before = np.bincount(model.tracks().image)
+    after = np.bincount(adjusted.tracks().image, minlength=len(before))
+    are_held = adjusted.num_points >= MIN_POINTS and (after >= before.clip(max=MIN_OBSERVATIONS)).all()
+    return bool(are_held) and adjusted.cam_from_world.keys() == model.cam_from_world.keys()
 
 
 def photo_scale(scales: Sequence[float]) -> float:

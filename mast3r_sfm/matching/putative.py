@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 import torch
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.similarity import align_similarity_robust
 from mast3r_sfm.matching.check import Putative
-from mast3r_sfm.matching.nearest import ROWS_PER_BLOCK, mutual_nearest
+from mast3r_sfm.matching.nearest import mutual_nearest
+from mast3r_sfm.matching.reciprocal import match_predictions
 from mast3r_sfm.types import Encoding, Float64, Int64, PairPrediction
 
 MAX_SEEDS = 4096
+"""Pixels of an image from which matches are sought, at most."""
 MIN_MATCHES = 8
 
 
@@ -38,7 +42,7 @@ def network_xy(encoding: Encoding) -> Float64:
 
 
 def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding) -> Putative:
-    """Reciprocal nearest neighbours of a grid of pixels, on both decodes of a pair, with their 3D points.
+    """Reciprocal matches from grids of pixels in both images, on both decodes of a pair, with their 3D points.
 
     Args:
         orders: the prediction with the first image as the reference, and that with the second.
@@ -53,17 +57,9 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
         "shared": forward.second.points_at,
         "second": backward.first.points_at,
     }
-    rows_first, rows_second = _reciprocal(forward)
-    # The second order sees the pair swapped.
-    swapped_second, swapped_first = _reciprocal(backward)
-    both = np.concatenate([rows_first, swapped_first]), np.concatenate([rows_second, swapped_second])
-    pairs = np.unique(np.stack(both, axis=1), axis=0)
-    index_first, index_second = (torch.from_numpy(pairs[:, side]) for side in range(2))
-    index_first, index_second = index_first.to(device), index_second.to(device)
-    confidence = torch.sqrt(
-        forward.first.descriptor_confidence.flatten()[index_first]
-        * forward.second.descriptor_confidence.flatten()[index_second]
-    )
+    step = max(_grid_step(view.descriptors) for view in (forward.first, forward.second))
+    matches = match_predictions(forward, backward, step)
+    index_first, index_second = matches.pairs.first.to(device), matches.pairs.second.to(device)
 
     def points(numbers: Int64) -> tuple[Float64, Float64]:
         chosen = torch.from_numpy(numbers).to(device)
@@ -76,9 +72,9 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
         return found["first"], found["second"] * (fit.scale if fit else 1.0)
 
     return Putative(
-        xy_first=_grid_xy(pairs[:, 0], first),
-        xy_second=_grid_xy(pairs[:, 1], second),
-        confidence=confidence.float().cpu().numpy(),
+        xy_first=_grid_xy(matches.pairs.first.cpu().numpy(), first),
+        xy_second=_grid_xy(matches.pairs.second.cpu().numpy(), second),
+        confidence=matches.confidence.cpu().numpy(),
         points=points,
     )
 
@@ -89,35 +85,11 @@ def _grid_xy(index: Int64, encoding: Encoding) -> Float64:
     return encoding.transform.to_photo(upright) / encoding.transform.scale
 
 
-@torch.inference_mode()
-def _reciprocal(prediction: PairPrediction) -> tuple[Int64, Int64]:
-    """Flat pixel indices of matches: grid pixels of one view that come back to themselves, for either view."""
-    first, second = (view.descriptors.flatten(0, 1) for view in (prediction.first, prediction.second))
-    euclidean = prediction.euclidean
-    seeds_first, seeds_second = _seeds(prediction.first.descriptors), _seeds(prediction.second.descriptors)
-    there = _nearest(first[seeds_first], second, euclidean)
-    stays = _nearest(second[there], first, euclidean) == seeds_first
-    back = _nearest(second[seeds_second], first, euclidean)
-    returns = _nearest(first[back], second, euclidean) == seeds_second
-    return (
-        torch.cat([seeds_first[stays], back[returns]]).cpu().numpy(),
-        torch.cat([there[stays], seeds_second[returns]]).cpu().numpy(),
-    )
-
-
-def _seeds(descriptors: torch.Tensor) -> torch.Tensor:
+def _grid_step(descriptors: torch.Tensor) -> int:
+    """Pixels from one seed to the next, for MAX_SEEDS of them at most."""
     height, width = descriptors.shape[:2]
-    step = max(1, int(np.ceil(np.sqrt(height * width / MAX_SEEDS))))
-    rows = torch.arange(step // 2, height, step, device=descriptors.device)
-    columns = torch.arange(step // 2, width, step, device=descriptors.device)
-    return (rows[:, None] * width + columns).flatten()
-
-
-def _nearest(queries: torch.Tensor, database: torch.Tensor, euclidean: bool) -> torch.Tensor:
-    # |q - d|² = |q|² - 2 (q·d - |d|² / 2), and |q|² is the same for all.
-    half = database.square().sum(dim=1) / 2 if euclidean else database.new_zeros(())
-    blocks = [
-        (queries[start : start + ROWS_PER_BLOCK] @ database.T - half).argmax(dim=1)
-        for start in range(0, len(queries), ROWS_PER_BLOCK)
-    ]
-    return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64, device=database.device)
+    return next(
+        step
+        for step in count(1)
+        if len(range(step // 2, height, step)) * len(range(step // 2, width, step)) <= MAX_SEEDS
+    )

@@ -22,7 +22,7 @@ from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches, Rig, Verdict, ViewGraph
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PAIRS_PER_CHUNK = 64
 _DENSE_WORKERS = 4
 """While the network decodes some pairs, this many threads less one check what it found before; each keeps a few pairs'

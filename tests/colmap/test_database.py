@@ -12,7 +12,7 @@ import pycolmap
 import pytest
 
 from mast3r_sfm.colmap import database as module
-from mast3r_sfm.colmap.database import DatabaseContent, colmap_camera, write_database
+from mast3r_sfm.colmap.database import DatabaseContent, colmap_camera, update_keypoints, write_database
 from mast3r_sfm.errors import ArtifactError
 from mast3r_sfm.geometry.epipolar import homogeneous, sampson_error
 from mast3r_sfm.types import Camera, Rig, Verdict
@@ -163,3 +163,53 @@ def test_a_database_without_matches(make_content: Callable[..., DatabaseContent]
     with pycolmap.Database.open(str(path)) as database:
         assert database.num_images() == 3
         assert database.num_matches() == 0
+
+
+def test_keypoints_are_moved_and_all_else_stays(content: DatabaseContent, tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    rng = np.random.default_rng(0)
+    moved = {image: content.keypoints[image] + rng.normal(size=(60, 2)) for image in (4, 0, 2)}
+    update_keypoints(path, moved)
+    with pycolmap.Database.open(str(path)) as database:
+        for image, before in enumerate(content.keypoints):
+            stored = np.asarray(database.read_keypoints(image + 1))
+            np.testing.assert_array_equal(stored[:, :2], moved.get(image, before).astype(np.float32))
+        assert database.num_keypoints() == 5 * 60
+        assert database.num_images() == 5
+        assert database.num_verified_image_pairs() == 9
+        for (first, second), indices in content.indices.items():
+            np.testing.assert_array_equal(database.read_matches(first + 1, second + 1), indices)
+            geometry = database.read_two_view_geometry(first + 1, second + 1)
+            np.testing.assert_array_equal(geometry.inlier_matches, indices)
+    assert [file.name for file in tmp_path.iterdir()] == ["database.db"]
+
+
+def test_a_model_reads_moved_keypoints(content: DatabaseContent, tmp_path: Path) -> None:
+    """The cache from which COLMAP's mapper starts."""
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    moved = {image: xy + 0.25 for image, xy in enumerate(content.keypoints)}
+    update_keypoints(path, moved)
+    with pycolmap.Database.open(str(path)) as database:
+        cache = pycolmap.DatabaseCache.create(database, pycolmap.DatabaseCacheOptions())
+    for image, xy in moved.items():
+        found = np.array([keypoint.xy for keypoint in cache.image(image + 1).points2D])
+        np.testing.assert_array_equal(found, xy.astype(np.float32))
+
+
+def test_moving_no_keypoints(content: DatabaseContent, tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    update_keypoints(path, {})
+    with pycolmap.Database.open(str(path)) as database:
+        for image, before in enumerate(content.keypoints):
+            stored = np.asarray(database.read_keypoints(image + 1))
+            np.testing.assert_array_equal(stored[:, :2], before.astype(np.float32))
+
+
+def test_keypoints_of_what_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "database.db"
+    path.write_bytes(b"something else, and long enough to be no empty database" * 100)
+    with pytest.raises(ArtifactError, match=r"cannot write .*database\.db.*choose another folder"):
+        update_keypoints(path, {0: np.zeros((3, 2))})

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
 from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.evaluation.pairs import PairErrors, measure_pairs
 from mast3r_sfm.geometry.rigid import compose_poses, make_pose, rotation_from_axis_angle
-from mast3r_sfm.types import Float64, PairMatches
+from mast3r_sfm.types import Bool, Float64, PairMatches, Tracks
 from tests.exact import Scene, ring
 
 MakeDatabase = Callable[..., Path]
@@ -196,3 +198,154 @@ def test_the_camera_model_is_the_one_asked_for(make_database: MakeDatabase, came
     assert {camera.model for camera in model.cameras.values()} == {camera_model}
     assert len(model.cam_from_world) == NUMBER
     assert errors(model, scene).error_deg.max() < 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model of noisy keypoints, with the truth of its observations."""
+
+    mapper: Mapper
+    model: ColmapModel
+    tracks: Tracks
+    true: Float64
+    """[O, 2] pixels of the observations without noise."""
+
+    def readjusted(self, xy: Float64, kept: Bool | None = None) -> ColmapModel:
+        """The model adjusted to other pixels [O, 2] of its observations."""
+        kept = np.ones(len(xy), bool) if kept is None else kept
+        return self.mapper.readjust(self.model.moved(self.tracks, xy, kept))
+
+
+BuildNoisy = Callable[..., Built]
+
+
+@pytest.fixture
+def build_noisy(make_database: MakeDatabase) -> BuildNoisy:
+    """build_noisy(noise_px, shift_px=…, pixel_scale=…, **database): a model of the arc."""
+
+    def build(noise_px: float, shift_px: float = 0.0, pixel_scale: float = 1.0, **values: Any) -> Built:
+        scene = arc()
+        noise = noise_px * np.random.default_rng(2).normal(size=(NUMBER, 250, 2)) + [shift_px, 0.0]
+        matches = [noisy(scene, *pair, noise) for pair in combinations(range(NUMBER), 2)]
+        config = MapConfig(camera_model=values.get("camera_model", "SIMPLE_RADIAL"))
+        mapper = Mapper(
+            make_database(scene, matches, **values), replace(settings(), config=config, pixel_scale=pixel_scale)
+        )
+        model = mapper.build(nudged(scene, range(NUMBER)))
+        tracks = model.tracks()
+        true = np.empty_like(tracks.xy)
+        for image in range(NUMBER):
+            mine = tracks.image == image
+            nearest = cKDTree(scene.project(image) + noise[image]).query(tracks.xy[mine])[1]
+            true[mine] = scene.project(image)[nearest]
+        return Built(mapper=mapper, model=model, tracks=tracks, true=true)
+
+    return build
+
+
+def middle(model: ColmapModel) -> Float64:
+    """Principal point minus the middle of the photos, in pixels."""
+    (params,) = {tuple(camera.params) for camera in model.cameras.values()}
+    return np.array(params[1:3]) - [320, 240]
+
+
+def test_better_observations_make_a_better_model(build_noisy: BuildNoisy) -> None:
+    built, scene = build_noisy(0.7), arc()
+    before = errors(built.model, scene)
+    assert before.error_deg.max() > 0.1
+    slight = 0.05 * np.random.default_rng(3).normal(size=built.true.shape)
+    model = built.readjusted(built.true + slight)
+    after = errors(model, scene)
+    assert 0.001 < after.error_deg.mean() < 0.25 * before.error_deg.mean()
+    assert after.error_deg.max() < 0.05
+    assert 0.03 < model.summary("").mean_reprojection_error_px < 0.08
+    assert built.model.summary("").mean_reprojection_error_px > 0.5
+    assert model.cameras["left/00.jpg"].params[0] == pytest.approx(600, rel=1e-3)
+    # Nothing is added, and nothing that is true goes.
+    assert model.num_points == built.model.num_points
+    assert len(model.tracks().xy) == len(built.true)
+
+
+def test_the_same_observations_change_little(build_noisy: BuildNoisy) -> None:
+    built, scene = build_noisy(0.3), arc()
+    again = built.readjusted(built.tracks.xy)
+    assert len(again.tracks().xy) > 0.97 * len(built.true)
+    assert errors(again, scene).error_deg.max() < 1.3 * errors(built.model, scene).error_deg.max()
+
+
+@pytest.mark.parametrize(("off_px", "pixel_scale", "dropped"), [(1.5, 1, 0), (3, 1, 30), (3, 2, 0), (6, 2, 30)])
+def test_refined_observations_must_fit_twice_as_well(
+    build_noisy: BuildNoisy, off_px: float, pixel_scale: float, dropped: int
+) -> None:
+    built = build_noisy(0.3, pixel_scale=pixel_scale)
+    rng = np.random.default_rng(5)
+    xy, wrong = built.true.copy(), rng.choice(len(built.true), 30, replace=False)
+    angle = rng.uniform(0, 2 * np.pi, 30)
+    xy[wrong] += off_px * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    model = built.readjusted(xy)
+    assert len(xy) - len(model.tracks().xy) == dropped
+    assert errors(model, arc()).error_deg.max() < (1e-4 if dropped else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("raw_px", "refined_px", "expected_px"),
+    [(0.0, 0.0, 0.0), (12.0, 12.0, 12.0), (12.0, 0.0, 0.0), (0.0, 12.0, 0.0)],
+    ids=["never off", "off", "not off after all", "off only when refined"],
+)
+def test_refined_observations_confirm_principal_points(
+    build_noisy: BuildNoisy, raw_px: float, refined_px: float, expected_px: float
+) -> None:
+    built = build_noisy(0.3, raw_px)
+    assert abs(middle(built.model)[0] - raw_px) < 3
+    slight = 0.05 * np.random.default_rng(3).normal(size=built.true.shape)
+    model = built.readjusted(built.true + np.array([refined_px, 0.0]) + slight)
+    if expected_px:
+        np.testing.assert_allclose(middle(model), [expected_px, 0.0], atol=0.5)
+    else:
+        assert middle(model).tolist() == [0.0, 0.0]
+    if refined_px == expected_px:
+        assert errors(model, arc()).error_deg.max() < 0.05
+
+
+def test_points_that_lost_their_observations_stay_away(build_noisy: BuildNoisy) -> None:
+    built = build_noisy(0.5)
+    gone = built.tracks.point < 100
+    model = built.readjusted(built.true, ~gone)
+    assert model.num_points == built.model.num_points - 100
+    assert list(model.cam_from_world) == list(built.model.cam_from_world)
+    assert errors(model, arc()).error_deg.max() < 1e-4
+
+
+@pytest.mark.parametrize(("camera_model", "pinhole"), [("SIMPLE_PINHOLE", 3), ("SIMPLE_RADIAL", 3), ("OPENCV", 4)])
+@pytest.mark.parametrize("own_cameras", [False, True])
+def test_readjusted_cameras_stay_what_they_were(
+    build_noisy: BuildNoisy, camera_model: str, pinhole: int, own_cameras: bool
+) -> None:
+    """Cameras of one photo each still get no distortion."""
+    built = build_noisy(0.3, camera_model=camera_model, own_cameras=own_cameras)
+    model = built.readjusted(built.true)
+    for camera in model.cameras.values():
+        assert camera.model == camera_model
+        assert camera.params[0] == pytest.approx(600, rel=1e-3)
+        distortion = camera.params[pinhole:]
+        assert np.abs(distortion).max(initial=0.0) < (1e-12 if own_cameras else 1e-3)
+    assert errors(model, arc()).error_deg.max() < 0.01
+    assert len(model.cameras) == NUMBER
+
+
+def test_readjusting_does_not_leak_into_the_next_model(build_noisy: BuildNoisy) -> None:
+    built = build_noisy(0.5)
+    built.readjusted(built.true)
+    again = built.mapper.build(nudged(arc(), range(NUMBER)))
+    for name, pose in built.model.cam_from_world.items():
+        np.testing.assert_array_equal(pose, again.cam_from_world[name])
+
+
+def test_a_model_keeps_its_distortion_when_another_was_built_meanwhile(build_noisy: BuildNoisy) -> None:
+    """Of two photos, the shared camera would get none."""
+    built = build_noisy(0.5)
+    assert len(built.mapper.build({0: arc().poses[0], 1: arc().poses[1]}).cameras) >= 2
+    slight = 0.1 * np.random.default_rng(3).normal(size=built.true.shape)
+    model = built.readjusted(built.true + slight)
+    assert {camera.params[3] != 0 for camera in model.cameras.values()} == {True}
+    assert errors(model, arc()).error_deg.max() < 0.1

@@ -16,6 +16,8 @@ from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel, read_model, write_models
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.errors import InputError
+from mast3r_sfm.geometry.rigid import camera_centre, transform_points
+from mast3r_sfm.types import Float64
 from tests.exact import HEIGHT_PX, WIDTH_PX, ring
 
 
@@ -155,3 +157,146 @@ def test_points_take_the_colours_of_the_photos(model: ColmapModel, tmp_path: Pat
     header = (tmp_path / "points.ply").read_bytes()[:200].decode("ascii", "replace")
     assert header.startswith("ply")
     assert f"element vertex {model.num_points}" in header
+
+
+def observations(model: ColmapModel) -> dict[tuple[int, int], tuple[int, tuple[float, float]]]:
+    """Point and pixel of every observation, by image id and keypoint, as pycolmap has them."""
+    reconstruction = model.reconstruction
+    return {
+        (element.image_id, element.point2D_idx): (
+            number,
+            tuple(reconstruction.image(element.image_id).point2D(element.point2D_idx).xy),
+        )
+        for number, point in reconstruction.points3D.items()
+        for element in point.track.elements
+    }
+
+
+def test_tracks_hold_all_observations(model: ColmapModel) -> None:
+    tracks = model.tracks()
+    expected = observations(model)
+    numbers = sorted(model.reconstruction.point3D_ids())
+    found = {
+        (image + 1, keypoint): (numbers[point], tuple(xy))
+        for point, image, keypoint, xy in zip(
+            tracks.point.tolist(), tracks.image.tolist(), tracks.keypoint.tolist(), tracks.xy.tolist(), strict=True
+        )
+    }
+    assert found == expected
+    assert len(tracks.point) == len(expected) > 200
+    assert (np.diff(tracks.point) >= 0).all()
+    xyz = [model.reconstruction.point3D(number).xyz for number in numbers]
+    np.testing.assert_array_equal(tracks.points, xyz)
+
+
+def test_an_empty_model_has_no_tracks() -> None:
+    tracks = ColmapModel(pycolmap.Reconstruction()).tracks()
+    assert tracks.points.shape == (0, 3)
+    assert tracks.xy.shape == (0, 2)
+
+
+def test_keypoints_are_all_of_an_images(model: ColmapModel) -> None:
+    keypoints, tracks = model.keypoints(), model.tracks()
+    assert sorted(keypoints) == [0, 1, 2, 3]
+    for image, xy in keypoints.items():
+        assert xy.shape == (60, 2)
+        mine = tracks.image == image
+        np.testing.assert_array_equal(xy[tracks.keypoint[mine]], tracks.xy[mine])
+
+
+def test_moved_observations_stand_where_they_were_moved(model: ColmapModel) -> None:
+    tracks, before = model.tracks(), model.keypoints()
+    rng = np.random.default_rng(0)
+    xy = tracks.xy + rng.normal(size=tracks.xy.shape)
+    moved = model.moved(tracks, xy, np.ones(len(xy), bool))
+    again = moved.tracks()
+    np.testing.assert_array_equal(again.xy, xy)
+    for name in ("points", "point", "image", "keypoint"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(tracks, name))
+    # The model itself is as it was, and so are keypoints that are no observations.
+    np.testing.assert_array_equal(model.tracks().xy, tracks.xy)
+    for image, after in moved.keypoints().items():
+        others = np.setdiff1d(np.arange(len(after)), tracks.keypoint[tracks.image == image])
+        np.testing.assert_array_equal(after[others], before[image][others])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_what_is_not_kept_is_no_observation(model: ColmapModel, share: float) -> None:
+    """A point that keeps one observation or none goes, and the others keep theirs."""
+    tracks, before = model.tracks(), observations(model)
+    rng = np.random.default_rng(1)
+    kept = rng.random(len(tracks.xy)) < share
+    moved = model.moved(tracks, tracks.xy + 1, kept)
+    numbers = np.array(sorted(model.reconstruction.point3D_ids()))
+    stays = kept & (np.bincount(tracks.point[kept], minlength=len(numbers)) > 1)[tracks.point]
+    expected = {
+        (image + 1, keypoint): (number, tuple(xy))
+        for image, keypoint, number, xy in zip(
+            tracks.image[stays].tolist(),
+            tracks.keypoint[stays].tolist(),
+            numbers[tracks.point[stays]].tolist(),
+            (tracks.xy[stays] + 1).tolist(),
+            strict=True,
+        )
+    }
+    assert observations(moved) == expected
+    assert observations(model) == before
+    assert moved.num_points == len(np.unique(tracks.point[stays]))
+    assert len(moved.cam_from_world) == 4
+    # Rejected keypoints stay in the image, where they were.
+    gone = ~kept
+    for image, xy in moved.keypoints().items():
+        mine = gone & (tracks.image == image)
+        np.testing.assert_array_equal(xy[tracks.keypoint[mine]], tracks.xy[mine])
+
+
+def test_moving_nothing_changes_nothing(model: ColmapModel) -> None:
+    tracks = model.tracks()
+    assert_same(model, model.moved(tracks, tracks.xy, np.ones(len(tracks.xy), bool)))
+
+
+CAMERAS = {
+    "SIMPLE_PINHOLE": [600.0, 322.0, 239.0],
+    "PINHOLE": [600.0, 610.0, 322.0, 239.0],
+    "SIMPLE_RADIAL": [600.0, 322.0, 239.0, -0.12],
+    "RADIAL": [600.0, 322.0, 239.0, -0.12, 0.02],
+    "OPENCV": [600.0, 605.0, 322.0, 239.0, -0.12, 0.02, 0.001, -0.002],
+}
+
+
+@pytest.mark.parametrize("camera_model", CAMERAS)
+def test_viewing_rays_lead_to_what_is_projected(model: ColmapModel, camera_model: str) -> None:
+    for camera in model.reconstruction.cameras.values():
+        camera.model = getattr(pycolmap.CameraModelId, camera_model)
+        camera.params = CAMERAS[camera_model]
+    rng = np.random.default_rng(0)
+    xy = rng.uniform([0, 0], [WIDTH_PX, HEIGHT_PX], (100, 2))
+    for image, pose in enumerate(model.cam_from_world.values()):
+        centre, rays = model.viewing_rays(image, xy)
+        np.testing.assert_allclose(centre, camera_centre(pose), atol=1e-12)
+        np.testing.assert_allclose(np.linalg.norm(rays, axis=1), 1, atol=1e-12)
+        points = centre + rng.uniform(0.5, 20, (100, 1)) * rays
+        np.testing.assert_allclose(model.project(image, points), xy, atol=1e-6)
+        assert (transform_points(pose, points)[:, 2] > 0).all()
+        assert np.isnan(model.project(image, centre - rays)).all()  # behind
+
+
+def test_projection_is_that_of_the_camera(model: ColmapModel) -> None:
+    """Against the formula of COLMAP's SIMPLE_RADIAL."""
+    params = CAMERAS["SIMPLE_RADIAL"]
+    for camera in model.reconstruction.cameras.values():
+        camera.params = params
+    points: Float64 = model.tracks().points
+    for image, pose in enumerate(model.cam_from_world.values()):
+        local = transform_points(pose, points)
+        x = local[:, :2] / local[:, 2:]
+        square = (x**2).sum(axis=1, keepdims=True)
+        expected = params[0] * x * (1 + params[3] * square) + params[1:3]
+        np.testing.assert_allclose(model.project(image, points), expected, atol=1e-9)
+
+
+def test_projecting_nothing(model: ColmapModel) -> None:
+    centre, rays = model.viewing_rays(1, np.zeros((0, 2)))
+    assert centre.shape == (3,)
+    assert rays.shape == (0, 3)
+    assert model.project(1, np.zeros((0, 3))).shape == (0, 2)

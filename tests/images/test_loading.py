@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.images.decoding import to_8_bit
 from mast3r_sfm.images.framing import frame_photo
-from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.images.loading import load_grey, load_image
 from mast3r_sfm.types import ImageRecord, LoadedImage, Preparation
 
 Photo = Callable[..., Path]
@@ -309,6 +309,73 @@ class TestErrors:
         path = photo("a.jpg", width=300, height=200)
         with pytest.raises(InputError, match=r"a\.jpg.*changed"):
             load_image(path.parent, record, SHRUNK)
+
+
+class TestGrey:
+    """All pixels of a photo, as they are stored."""
+
+    @pytest.mark.parametrize("orientation", ORIENTATIONS)
+    @pytest.mark.parametrize("extension", ["png", "tif", "webp", "jpg"])
+    def test_the_orientation_is_not_applied(
+        self, tmp_path: Path, textured: Textured, orientation: int, extension: str
+    ) -> None:
+        """Pillow turns a TIFF upright while it decodes it, and nothing else."""
+        stored = textured(64, 48)
+        options: dict[str, Any] = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(extension, {})
+        path = tmp_path / f"a.{extension}"
+        Image.fromarray(stored).save(path, exif=oriented(orientation), **options)
+        grey = load_grey(tmp_path, record_of(path, orientation=orientation, size=(64, 48)))
+        assert grey.dtype == np.float32
+        assert grey.shape == (48, 64)
+        expected = np.asarray(Image.fromarray(stored).convert("L"), np.float32)
+        assert np.abs(grey - expected).max() <= (8 if extension == "jpg" else 0)
+
+    @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+    @pytest.mark.parametrize("orientation", ORIENTATIONS)
+    def test_tiffs_in_every_form(self, tmp_path: Path, textured: Textured, orientation: int, compression: str) -> None:
+        stored = textured(64, 48)[:, :, 0]
+        path = tmp_path / "a.tif"
+        Image.fromarray(stored).save(path, exif=oriented(orientation), compression=compression)
+        grey = load_grey(tmp_path, record_of(path, orientation=orientation, size=(64, 48)))
+        np.testing.assert_array_equal(grey, stored)
+
+    @pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
+    def test_16_bits(self, tmp_path: Path, textured: Textured, extension: str) -> None:
+        stored = textured(64, 48)[:, :, 0]
+        stored = np.where(stored == stored.max(), 255, stored)
+        path = tmp_path / f"a.{extension}"
+        Image.fromarray(stored.astype(np.uint16) * 257).save(path)
+        np.testing.assert_array_equal(load_grey(tmp_path, record_of(path)), stored)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "CMYK"])
+    def test_any_mode(self, tmp_path: Path, textured: Textured, mode: str) -> None:
+        path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+        photo = Image.fromarray(textured(64, 48)).convert(mode)
+        photo.save(path)
+        expected = np.asarray(photo.convert("RGB").convert("L"), np.float32)
+        np.testing.assert_array_equal(load_grey(tmp_path, record_of(path)), expected)
+
+    def test_a_large_jpeg_is_decoded_whole(self, tmp_path: Path, textured: Textured) -> None:
+        path = tmp_path / "a.jpg"
+        Image.fromarray(textured(1500, 1100)).save(path, quality=95)
+        grey = load_grey(tmp_path, record_of(path))
+        with Image.open(path) as whole:
+            np.testing.assert_array_equal(grey, np.asarray(whole.convert("L"), np.float32))
+
+    def test_a_photo_that_changed_is_refused(self, photo: Photo) -> None:
+        record = record_of(photo("a.jpg"))
+        path = photo("a.jpg", width=90, height=120)  # turned
+        with pytest.raises(InputError, match=r"a\.jpg.*changed during the run"):
+            load_grey(path.parent, record)
+
+    def test_what_cannot_be_read_is_named(self, tmp_path: Path, photo: Photo) -> None:
+        with pytest.raises(InputError, match=r"gone\.jpg"):
+            load_grey(tmp_path, ImageRecord(name="gone.jpg", width_px=10, height_px=10, sha256=""))
+        path = photo("cut.jpg", width=400, height=300)
+        record = record_of(path)
+        path.write_bytes(path.read_bytes()[:4000])
+        with pytest.raises(InputError, match=r"cut\.jpg.*truncated"):
+            load_grey(path.parent, record)
 
 
 def test_a_20000_pixel_panorama_is_shrunk(tmp_path: Path, textured: Textured) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pycolmap
 import pytest
+from scipy.spatial import cKDTree
 
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.evaluation.pairs import measure_pairs
-from mast3r_sfm.mapping.stage import MapInput, build_models, photo_scale, trusted_matches, write_matches
-from mast3r_sfm.types import AlignmentResult, PairMatches, Verdict
+from mast3r_sfm.mapping.refinement import Geometry, Refined, Refiner
+from mast3r_sfm.mapping.stage import MIN_REFINED_PX, MapInput, build_models, photo_scale, trusted_matches, write_matches
+from mast3r_sfm.types import AlignmentResult, Float32, Float64, PairMatches, Tracks, Verdict
 from tests.exact import Listener, Scene, ring
 
 SETTINGS = MapperSettings(config=MapConfig(), pixel_scale=1.0, threads=1, seed=0)
@@ -176,3 +178,135 @@ def test_a_model_that_explains_little_is_said_to_be_doubtful(tmp_path: Path) -> 
 @pytest.mark.parametrize(("scales", "expected"), [([2.0], 2.0), ([1.0, 4.0, 3.0], 3.0)])
 def test_the_scale_of_a_collection_is_the_median(scales: list[float], expected: float) -> None:
     assert photo_scale(scales) == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowing(Refiner):
+    """A refiner that knows where the keypoints [N, K, 2] should be [N, K, 2], and rejects all of some images."""
+
+    noisy: Float64
+    true: Float64
+    rejected: tuple[int, ...] = ()
+    """Images."""
+    spared: int = 0
+    """Observations of these that are kept all the same."""
+    calls: list[Tracks] = field(default_factory=list)
+
+    def refine(self, tracks: Tracks, geometry: Geometry) -> Refined:
+        assert isinstance(geometry, ColmapModel)
+        self.calls.append(tracks)
+        xy, kept = tracks.xy.copy(), ~np.isin(tracks.image, self.rejected)
+        for image in np.unique(tracks.image).tolist():
+            mine = np.flatnonzero(tracks.image == image)
+            xy[mine] = self.true[image][cKDTree(self.noisy[image]).query(tracks.xy[mine])[1]]
+            kept[mine[: self.spared]] = True
+        return Refined(xy=xy, kept=kept)
+
+
+def no_photo(image: int) -> Float32:
+    raise AssertionError(f"photo {image} was read")
+
+
+def noisy_input(
+    scene: Scene, parts: Sequence[Sequence[int]], *, scale: float = 1.0, rejected: tuple[int, ...] = (), spared: int = 0
+) -> tuple[MapInput, Knowing]:
+    """Parts whose keypoints have 0.7 px of noise, and what knows the truth; all in photos `scale` times as large."""
+    number = len(scene.poses)
+    true = scale * np.stack([scene.project(image) for image in range(number)])
+    noisy = true + 0.7 * scale * np.random.default_rng(3).normal(size=true.shape)
+    pairs = [pair for images in parts for pair in combinations(images, 2)]
+    ends = np.cumsum([len(images) * (len(images) - 1) // 2 for images in parts])
+    given = make_input(
+        scene,
+        pairs,
+        [
+            part(scene, images, range(end - len(images) * (len(images) - 1) // 2, end))
+            for images, end in zip(parts, ends.tolist(), strict=True)
+        ],
+    )
+    matches = []
+    for match in given.matches:
+        seen = scene.sees(match.first) & scene.sees(match.second)
+        matches.append(replace(match, xy_first=noisy[match.first][seen], xy_second=noisy[match.second][seen]))
+    refiner = Knowing(
+        load_grey=no_photo, pixel_scale=1.0, threads=1, noisy=noisy, true=true, rejected=rejected, spared=spared
+    )
+    return replace(given, matches=matches, rig=scene.rig(photo_scale=scale)), refiner
+
+
+def build_refined(given: MapInput, folder: Path, refiner: Refiner | None, scale: float = 1.0) -> list[ColmapModel]:
+    write_matches(folder / "database.db", given, "SIMPLE_RADIAL")
+    settings = replace(SETTINGS, pixel_scale=scale)
+    return build_models(folder / "database.db", given, settings, Listener(), refiner)
+
+
+def assert_database_agrees(folder: Path, models: Sequence[ColmapModel]) -> None:
+    """Images, in one model or another, have the keypoints that the database has."""
+    with pycolmap.Database.open(str(folder / "database.db")) as database:
+        for model in models:
+            for image, xy in model.keypoints().items():
+                stored = np.asarray(database.read_keypoints(image + 1))[:, :2]
+                np.testing.assert_array_equal(stored, xy.astype(np.float32))
+
+
+def test_models_are_adjusted_to_refined_observations(tmp_path: Path) -> None:
+    scene = ring(9, points=150)
+    parts = [[1, 2, 4, 5, 7], [0, 3, 6, 8]]
+    given, refiner = noisy_input(scene, parts)
+    plain = build_refined(given, tmp_path, None)
+    assert_database_agrees(tmp_path, plain)
+    refined = build_refined(given, tmp_path, refiner)
+    assert_database_agrees(tmp_path, refined)
+    assert [list(model.cam_from_world) for model in refined] == [list(model.cam_from_world) for model in plain]
+    for before, after in zip(plain, refined, strict=True):
+        assert worst_error(before, scene) > 0.1
+        assert worst_error(after, scene) < 0.01
+        assert before.summary("").mean_reprojection_error_px > 0.5
+        assert after.summary("").mean_reprojection_error_px < 0.01
+        assert after.num_points == before.num_points
+    assert sorted(np.unique(tracks.image).tolist() for tracks in refiner.calls) == sorted(
+        sorted(part) for part in parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("rejected", "spared"), [((2,), 0), ((2,), 5), ((0, 1, 2, 3), 0)], ids=["an image", "most of one", "all"]
+)
+def test_where_refined_observations_do_not_hold_an_image_all_stays(
+    tmp_path: Path, rejected: tuple[int, ...], spared: int
+) -> None:
+    scene = ring(4, turn_deg=80, points=100)
+    given, refiner = noisy_input(scene, [range(4)], rejected=rejected, spared=spared)
+    (plain,) = build_refined(given, tmp_path, None)
+    (refined,) = build_refined(given, tmp_path, refiner)
+    assert len(refiner.calls) == 1
+    for name, pose in plain.cam_from_world.items():
+        np.testing.assert_array_equal(pose, refined.cam_from_world[name])
+    assert plain.summary("") == refined.summary("")
+    assert_database_agrees(tmp_path, [refined])
+
+
+def test_an_image_may_lose_many_of_its_observations(tmp_path: Path) -> None:
+    scene = ring(4, turn_deg=80, points=100)
+    given, refiner = noisy_input(scene, [range(4)], rejected=(2,), spared=25)
+    (refined,) = build_refined(given, tmp_path, refiner)
+    assert worst_error(refined, scene) < 0.01
+    tracks = refined.tracks()
+    assert np.bincount(tracks.image).tolist()[2] == 25
+    assert_database_agrees(tmp_path, [refined])
+
+
+@pytest.mark.parametrize("large_enough", [True, False])
+def test_small_photos_are_not_refined(tmp_path: Path, large_enough: bool) -> None:
+    scene = ring(4, turn_deg=80, points=100)
+    scale = (MIN_REFINED_PX - (0 if large_enough else 1)) / 640
+    given, refiner = noisy_input(scene, [range(4)], scale=scale)
+    (model,) = build_refined(given, tmp_path, refiner, scale)
+    assert len(refiner.calls) == large_enough
+    assert (worst_error(model, scene) < 0.02) == large_enough
+
+
+def test_what_is_no_model_is_not_refined(tmp_path: Path) -> None:
+    given, refiner = noisy_input(ring(4, turn_deg=60, points=19), [range(4)])
+    assert build_refined(given, tmp_path, refiner) == []
+    assert refiner.calls == []

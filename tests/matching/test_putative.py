@@ -31,7 +31,8 @@ def test_keypoints_that_look_alike_are_matched() -> None:
     assert true.mean() > 0.98
     assert (putative.confidence >= 0.8).all()
     assert (putative.confidence <= 1.001).all()
-    assert putative.points_first is None
+    assert putative.points is None
+    assert putative.subset(true).points is None
 
 
 def test_keypoints_are_matched_in_network_pixels_of_the_stored_photo() -> None:
@@ -84,12 +85,17 @@ def world(view: View, xy: Float64) -> Float64:
     return view.points_world[rows, columns]
 
 
+def decode_and_match(model: OracleModel, first: Encoding, second: Encoding) -> Putative:
+    ((_, forward, backward),) = model.predict([(first, second)])
+    return match_dense((forward, backward), first, second)
+
+
 @pytest.fixture(scope="module")
 def dense() -> tuple[View, View, Putative]:
     """Two views of the façade, with pairs of scales of their own but otherwise exact."""
     first, second, _ = small_views()
     model, encodings = oracle(log_scale=0.7)
-    return first, second, match_dense(model, encodings[0], encodings[1])
+    return first, second, decode_and_match(model, encodings[0], encodings[1])
 
 
 def test_dense_matches_are_true(dense: tuple[View, View, Putative]) -> None:
@@ -111,25 +117,53 @@ def test_dense_matches_are_unique_and_confident(dense: tuple[View, View, Putativ
 
 def test_dense_matches_bring_points_of_one_scale(dense: tuple[View, View, Putative]) -> None:
     first, second, putative = dense
-    assert putative.points_first is not None
-    assert putative.points_second is not None
+    assert putative.points is not None
+    points_first, points_second = putative.points(np.arange(len(putative.xy_first)))
     truth = transform_points(first.cam_from_world, world(first, putative.xy_first))
-    similarity = align_similarity(putative.points_first, truth)
+    similarity = align_similarity(points_first, truth)
     assert abs(np.log(similarity.scale)) > 0.05  # the pair's own scale
-    np.testing.assert_allclose(similarity.apply(putative.points_first), truth, atol=1e-4)
+    np.testing.assert_allclose(similarity.apply(points_first), truth, atol=1e-4)
     np.testing.assert_allclose(similarity.rotation, np.eye(3), atol=1e-5)
     # The second view's points are in its own frame, and in the scale of the first order.
     own = transform_points(second.cam_from_world, world(second, putative.xy_second))
-    np.testing.assert_allclose(similarity.scale * putative.points_second, own, rtol=0.01)
-    moved = transform_points(second_from_first(first, second), similarity.scale * putative.points_first)
+    np.testing.assert_allclose(similarity.scale * points_second, own, rtol=0.01)
+    moved = transform_points(second_from_first(first, second), similarity.scale * points_first)
     assert np.median(np.linalg.norm(moved - own, axis=1)) < 2 * first.depth.mean() / first.K[0, 0]
+
+
+def test_points_are_those_of_the_matches_asked_for(dense: tuple[View, View, Putative]) -> None:
+    """Also of matches that were picked out, and picked out of those again."""
+    putative = dense[2]
+    assert putative.points is not None
+    whole = putative.points(np.arange(len(putative.xy_first)))
+    order = np.random.default_rng(0).permutation(len(putative.xy_first))[:200]
+    mask = np.arange(200) % 3 == 1
+    picked = putative.subset(order).subset(mask)
+    numbers = np.arange(len(picked.xy_first))[::-1]
+    expected = order[mask][numbers]
+    np.testing.assert_array_equal(picked.xy_first[numbers], putative.xy_first[expected])
+    assert picked.points is not None
+    for found, points in zip(picked.points(numbers), whole, strict=True):
+        # The scale of the second view is fitted to the matches that are asked for.
+        np.testing.assert_allclose(found, points[expected], rtol=5e-3, atol=1e-3)
+    np.testing.assert_allclose(picked.points(numbers)[0], whole[0][expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_points_of_too_few_matches_keep_their_scale(dense: tuple[View, View, Putative], count: int) -> None:
+    """No scale can be fitted to them, and no geometry will be believed on them."""
+    putative = dense[2]
+    assert putative.points is not None
+    first, second = putative.points(np.arange(count))
+    assert first.shape == second.shape == (count, 3)
+    assert np.isfinite(second).all()
 
 
 def test_a_larger_photo_changes_no_dense_match() -> None:
     model, (first, second, _) = oracle()
     transform = PixelTransform(matrix=np.array([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
     large = [replace(encoding, transform=transform) for encoding in (first, second)]
-    plain, scaled = match_dense(model, first, second), match_dense(model, *large)
+    plain, scaled = decode_and_match(model, first, second), decode_and_match(model, *large)
     np.testing.assert_allclose(scaled.xy_first, plain.xy_first)
     np.testing.assert_allclose(scaled.xy_second, plain.xy_second)
     assert 70 < plain.xy_first[:, 0].max() < 80

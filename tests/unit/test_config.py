@@ -129,6 +129,21 @@ def test_wrong_types_from_toml(values: dict[str, object], message: str) -> None:
         Config.from_mapping(values)
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), (" FALSE ", False)])
+def test_refinement_can_be_left_out(text: str, value: bool) -> None:
+    assert Config().map.refine is True
+    assert Config().with_overrides([f"map.refine={text}"]).map.refine is value
+    assert Config.from_mapping({"map": {"refine": value}}).map.refine is value
+
+
+@pytest.mark.parametrize("wrong", ["no", "0", "1", ""])
+def test_whether_to_refine_is_true_or_false(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"map\.refine = .*must be of type bool"):
+        Config().with_overrides([f"map.refine={wrong}"])
+    with pytest.raises(ConfigError, match=r"map\.refine = 0: must be of type bool"):
+        Config.from_mapping({"map": {"refine": 0}})
+
+
 def test_an_integer_will_do_where_a_float_is_asked() -> None:
     value = Config.from_mapping({"match": {"max_epipolar_error_px": 3}}).match.max_epipolar_error_px
     assert value == 3.0

@@ -25,6 +25,7 @@ from mast3r_sfm.types import (
     Reason,
     Rig,
     RunReport,
+    Tracks,
     Verdict,
     ViewGraph,
     ViewPrediction,
@@ -296,6 +297,39 @@ def test_alignment_result_has_one_pose_per_image(field: str) -> None:
     assert len(AlignmentResult(**good).cam_from_world) == 3
     with pytest.raises(ShapeError, match="AlignmentResult"):
         AlignmentResult(**good | {field: good[field][:2]})
+
+
+def tracks(count: int = 6, **values: Any) -> Tracks:
+    good = {
+        "points": np.ones((3, 3)),
+        "point": np.arange(count) % 3,
+        "image": np.arange(count) // 3,
+        "keypoint": np.arange(count),
+        "xy": np.ones((count, 2)),
+    }
+    return Tracks(**good | values)
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_tracks_of_any_number_of_observations_are_taken(count: int) -> None:
+    assert len(tracks(count).xy) == count
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"points": np.ones((3, 2))}, r"Tracks\.points has shape \(3, 2\), expected \[\*, 3\]"),
+        ({"points": np.full((3, 3), np.nan)}, r"Tracks\.points holds NaN"),
+        ({"image": np.zeros(5, np.int64)}, r"Tracks\.image has shape \(5,\), expected \[6\]"),
+        ({"keypoint": np.zeros((6, 1), np.int64)}, r"Tracks\.keypoint"),
+        ({"point": np.zeros(5, np.int64)}, r"Tracks\."),
+        ({"xy": np.ones((6, 3))}, r"Tracks\.xy has shape \(6, 3\), expected \[6, 2\]"),
+        ({"xy": np.full((6, 2), np.inf)}, r"Tracks\.xy holds NaN or infinite"),
+    ],
+)
+def test_wrong_tracks(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        tracks(**values)
 
 
 def test_a_photo_in_two_models_counts_once() -> None:

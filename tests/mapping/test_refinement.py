@@ -1,0 +1,501 @@
+"""Observations moved to where they show what the track's best view shows, on photos whose truth is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mast3r_sfm.geometry.rigid import camera_centre, compose_poses, make_pose, rotation_from_axis_angle
+from mast3r_sfm.mapping.refinement import MAX_MOVE, Geometry, Refined, Refiner
+from mast3r_sfm.synthetic.cameras import make_cameras
+from mast3r_sfm.synthetic.render import render
+from mast3r_sfm.synthetic.scenes import make_scene
+from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
+from tests.surfaces import Pinholes, Surface, Texture, arc
+
+MARGIN = 22
+"""Pixels of the border that keypoints stay away from, so that patches are whole on both levels."""
+
+SeenAt = Callable[[int, Float64], Float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Set:
+    """Photos, their cameras, and the points [M, 3] that an image shows at pixels [M, 2]."""
+
+    photos: tuple[Float32, ...]
+    cameras: Pinholes
+    seen_at: SeenAt
+
+    def tracks(self, count: int = 150, *, noise_px: float = 0.7, seed: int = 0) -> Tracks:
+        """Random points that the middle image shows, seen by all images whose frame they are in, with noise."""
+        rng = np.random.default_rng([seed, 31])
+        size = np.array([self.cameras.width_px, self.cameras.height_px])
+        middle = len(self.photos) // 2
+        points = self.seen_at(middle, rng.uniform([MARGIN, MARGIN], size - MARGIN, (count, 2)))
+        rows = []
+        for image in range(len(self.photos)):
+            xy = self.cameras.project(image, points)
+            seen = ((xy > MARGIN) & (xy < size - MARGIN)).all(axis=1)
+            rows += [(point, image, *xy[point]) for point in np.flatnonzero(seen)]
+        table = np.array(sorted(rows))
+        return Tracks(
+            points=points + 0.003 * rng.normal(size=points.shape),
+            point=table[:, 0].astype(np.int64),
+            image=table[:, 1].astype(np.int64),
+            keypoint=np.arange(len(table)),
+            xy=table[:, 2:] + noise_px * rng.normal(size=(len(table), 2)),
+        )
+
+    def refine(
+        self,
+        tracks: Tracks,
+        *,
+        photos: Sequence[Float32] | None = None,
+        geometry: Geometry | None = None,
+        pixel_scale: float = 1.0,
+        threads: int = 2,
+    ) -> Refined:
+        shown = self.photos if photos is None else photos
+        refiner = Refiner(load_grey=lambda image: shown[image], pixel_scale=pixel_scale, threads=threads)
+        return refiner.refine(tracks, geometry or self.cameras)
+
+    def judge(self, tracks: Tracks, refined: Refined) -> Judgement:
+        reference = references(tracks, refined)
+        true = np.empty_like(tracks.xy)
+        for image in np.unique(tracks.image):
+            mine = np.flatnonzero(tracks.image[reference] == image)  # the points that this image is the best view of
+            points = np.full_like(tracks.points, np.nan)
+            points[mine] = self.seen_at(int(image), tracks.xy[reference[mine]])
+            for other in np.unique(tracks.image):
+                rows = np.flatnonzero((tracks.image == other) & np.isin(tracks.point, mine))
+                true[rows] = self.cameras.project(int(other), points[tracks.point[rows]])
+        moving = np.ones(len(true), bool)
+        moving[reference] = False
+        return Judgement(
+            before=np.linalg.norm(tracks.xy - true, axis=1)[moving],
+            after=np.linalg.norm(refined.xy - true, axis=1)[moving],
+            kept=refined.kept[moving],
+            moving=moving,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Distances [R] of the observations that were aligned from the truth, in pixels."""
+
+    before: Float64
+    after: Float64
+    kept: Bool
+    moving: Bool
+    """[O] which they are; the others are the references."""
+
+
+def references(tracks: Tracks, refined: Refined) -> Int64:
+    """[K] the observation of each point that stayed in its place, and was kept: its best view."""
+    still = np.flatnonzero((refined.xy == tracks.xy).all(axis=1))
+    assert refined.kept[still].all()
+    assert tracks.point[still].tolist() == np.unique(tracks.point).tolist()
+    return still
+
+
+def of_surface(surface: Surface, cameras: Pinholes) -> Set:
+    return Set(
+        photos=tuple(surface.photograph(cameras, image) for image in range(len(cameras.poses))),
+        cameras=cameras,
+        seen_at=lambda image, xy: surface.seen_at(cameras, image, xy),
+    )
+
+
+@cache
+def plane() -> Set:
+    return of_surface(Surface(), arc(5))
+
+
+@cache
+def bumps() -> Set:
+    """One photo was taken on its side, another upside down."""
+    return of_surface(Surface(bumps=0.15), arc(5, rolls=(0.0, np.pi / 2, 0.0, np.pi)))
+
+
+@cache
+def tilted() -> Set:
+    """Far from square to the cameras."""
+    return of_surface(Surface(slope=0.8), arc(3, turn_deg=40))
+
+
+@cache
+def room() -> Set:
+    """The furnished room, with sharp edges, occlusions and shadows; rendered, so with the noise of rounding."""
+    scene, cameras = make_scene("room"), make_cameras("room", 7, width_px=288, height_px=216)[2:5]
+    photos = [render(scene, camera).image.astype(np.float32).mean(axis=2) for camera in cameras]
+    pinholes = Pinholes(
+        poses=np.stack([camera.cam_from_world for camera in cameras]),
+        focal_px=cameras[0].intrinsics[0, 0],
+        width_px=288,
+        height_px=216,
+    )
+
+    def seen_at(image: int, xy: Float64) -> Float64:
+        centre, rays = pinholes.viewing_rays(image, xy)
+        points: Float64 = centre + scene.nearest(centre, rays)[0][:, None] * rays
+        return points
+
+    return Set(photos=tuple(photos), cameras=pinholes, seen_at=seen_at)
+
+
+def chosen(tracks: Tracks, rows: Bool) -> Tracks:
+    """Some of the observations, with the points that they are of."""
+    kept, point = np.unique(tracks.point[rows], return_inverse=True)
+    return Tracks(
+        points=tracks.points[kept],
+        point=point,
+        image=tracks.image[rows],
+        keypoint=tracks.keypoint[rows],
+        xy=tracks.xy[rows],
+    )
+
+
+@pytest.mark.parametrize("made", [plane, bumps, tilted], ids=["plane", "bumps", "tilted"])
+def test_observations_come_to_show_the_same_point(made: Callable[[], Set]) -> None:
+    tracks = made().tracks()
+    before = tracks.xy.copy()
+    refined = made().refine(tracks)
+    found = made().judge(tracks, refined)
+    assert len(found.after) > 250
+    assert 0.9 < np.median(found.before) < 1.4  # two keypoints' noise
+    assert found.kept.mean() > 0.98
+    kept = found.after[found.kept]
+    assert 0.001 < np.median(kept) < 0.04
+    assert np.quantile(kept, 0.95) < 0.12
+    assert kept.max() < 0.4
+    np.testing.assert_array_equal(tracks.xy, before)
+
+
+def test_in_a_room_most_come_to_show_the_same_point() -> None:
+    tracks = room().tracks(300)
+    found = room().judge(tracks, room().refine(tracks))
+    assert len(found.after) > 300
+    kept = found.after[found.kept]
+    # Random pixels lie on bare walls, along edges and behind things, too.
+    assert 0.7 < found.kept.mean() < 0.99
+    assert np.median(kept) < 0.2
+    assert np.mean(kept < 0.5) > 0.7
+    assert np.median(found.before) > 0.9
+    assert np.median(found.after[~found.kept]) > 3 * np.median(kept)
+
+
+def test_the_most_central_view_stays() -> None:
+    tracks = bumps().tracks()
+    centres = camera_centre(bumps().cameras.poses)
+    reference = references(tracks, bumps().refine(tracks))
+    towards = centres[tracks.image] - tracks.points[tracks.point]
+    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    for point, best in enumerate(reference):
+        mine = np.flatnonzero(tracks.point == point)
+        angles = towards[mine] @ towards[mine].sum(axis=0)
+        assert angles.max() == pytest.approx(towards[best] @ towards[mine].sum(axis=0))
+    assert len(np.unique(tracks.image[reference])) > 1
+
+
+def test_light_and_contrast_do_not_matter() -> None:
+    tracks = plane().tracks()
+    plain = plane().refine(tracks)
+    gains, offsets = (1, 0.4, 1, 0.7, 0.9), (0, 90, 0, 20, 9)
+    lit = [gain * photo + offset for photo, gain, offset in zip(plane().photos, gains, offsets, strict=True)]
+    refined = plane().refine(tracks, photos=[photo.astype(np.float32) for photo in lit])
+    np.testing.assert_array_equal(refined.kept, plain.kept)
+    # Windows are kept in half precision, to a tenth of a grey value.
+    assert np.abs(refined.xy - plain.xy).max() < 0.03
+    # Nor does a curve.
+    curves = zip(plane().photos, (1, 2, 1, 0.5, 1), strict=True)
+    curved = [(255 * (photo / 255) ** gamma).astype(np.float32) for photo, gamma in curves]
+    found = plane().judge(tracks, plane().refine(tracks, photos=curved))
+    assert found.kept.mean() > 0.98
+    assert np.median(found.after) < 0.04
+
+
+def test_noise_of_the_photos_costs_its_share() -> None:
+    rng = np.random.default_rng(0)
+    tracks = bumps().tracks()
+    grainy = [(photo + 4 * rng.normal(size=photo.shape)).astype(np.float32) for photo in bumps().photos]
+    found = bumps().judge(tracks, bumps().refine(tracks, photos=grainy))
+    assert found.kept.mean() > 0.97
+    assert 0.03 < np.median(found.after[found.kept]) < 0.12
+
+
+@pytest.mark.parametrize("moved_px", [6.0, 25.0])
+def test_a_keypoint_in_a_wrong_place_is_brought_back(moved_px: float) -> None:
+    """What the best view shows is looked for where the model says that it is, wherever the keypoint was."""
+    tracks = plane().tracks(noise_px=0.3)
+    best = references(tracks, plane().refine(tracks))
+    wrong = np.setdiff1d(np.arange(len(tracks.xy)), best)[::5]
+    xy = tracks.xy.copy()
+    xy[wrong] += moved_px * np.array([0.6, 0.8])
+    misplaced = replace(tracks, xy=xy)
+    refined = plane().refine(misplaced)
+    np.testing.assert_array_equal(references(misplaced, refined), best)
+    found = plane().judge(misplaced, refined)
+    assert found.kept.mean() > 0.98
+    assert found.before.max() > moved_px - 2
+    assert found.after[found.kept].max() < 0.4
+
+
+def test_what_another_thing_hides_is_rejected() -> None:
+    tracks = plane().tracks()
+    card = Surface(texture=Texture(seed=7, shortest=0.075, longest=0.5)).photograph(plane().cameras, 0)
+    hidden = plane().photos[0].copy()
+    hidden[40:200, 60:200] = card[40:200, 60:200]
+    refined = plane().refine(tracks, photos=(hidden, *plane().photos[1:]))
+    found = plane().judge(tracks, refined)
+    x, y = tracks.xy[found.moving].T
+    mine = tracks.image[found.moving] == 0
+    behind = mine & (x > 66) & (x < 194) & (y > 46) & (y < 194)
+    beside = mine & ((x < 45) | (x > 215) | (y < 25) | (y > 215))
+    assert behind.sum() > 25
+    assert found.kept[behind].mean() < 0.12
+    assert beside.sum() > 25
+    assert found.kept[beside].mean() > 0.97
+    assert found.kept[~mine].mean() > 0.98
+
+
+def test_of_another_scene_nothing_is_kept_but_the_best_views() -> None:
+    tracks = plane().tracks()
+    strangers = [
+        Surface(texture=Texture(seed=seed, shortest=0.075)).photograph(plane().cameras, seed) for seed in range(5)
+    ]
+    found = plane().judge(tracks, plane().refine(tracks, photos=strangers))
+    assert found.kept.mean() < 0.08
+
+
+@pytest.mark.parametrize("value", [0.0, 128.0])
+def test_of_blank_photos_nothing_is_kept_but_the_best_views(value: float) -> None:
+    tracks = plane().tracks(40)
+    blank = [np.full((240, 320), value, np.float32)] * 5
+    refined = plane().refine(tracks, photos=blank)
+    assert refined.kept.sum() == 40
+    assert np.isfinite(refined.xy).all()
+
+
+class Stripes(Texture):
+    """A texture that does not change along y."""
+
+    def __call__(self, places: Float64) -> Float64:
+        return super().__call__(places * np.array([1.0, 0.0]))
+
+
+def test_stripes_do_not_say_where_along_them_a_point_is() -> None:
+    stripes = of_surface(Surface(texture=Stripes(shortest=0.075, longest=0.5)), arc(3))
+    tracks = stripes.tracks()
+    found = stripes.judge(tracks, stripes.refine(tracks))
+    assert found.kept.mean() < 0.05
+
+
+def test_points_off_the_surface_are_not_believed() -> None:
+    """Where a point has a wrong depth, its observations are expected in wrong places."""
+    tracks = plane().tracks()
+    shares = []
+    for depth in (0.02, 0.3, 1.0):
+        displaced = replace(tracks, points=tracks.points + np.array([0.0, 0.0, depth]))
+        refined = plane().refine(displaced)
+        found = plane().judge(displaced, refined)
+        shares.append(found.kept.mean())
+        # What is kept, it is in its true place, but for a few that are alike by chance.
+        assert (found.after[found.kept] > 0.5).sum() < 0.03 * len(found.after)
+    assert shares[0] > 0.97
+    assert shares[1] < 0.6
+    assert shares[2] < 0.1
+
+
+def turned(cameras: Pinholes, image: int, angle: float) -> Pinholes:
+    """The same cameras but one, which is taken to look `angle` radians aside."""
+    poses = cameras.poses.copy()
+    turn = make_pose(rotation_from_axis_angle(np.array([0.0, angle, 0.0])), np.zeros(3))
+    poses[image] = compose_poses(turn, poses[image])
+    return replace(cameras, poses=poses)
+
+
+@cache
+def large() -> Set:
+    """As if matched at a quarter of the photos' size."""
+    texture = Texture(shortest=0.05, longest=1.2, waves=40)
+    return of_surface(Surface(texture=texture, bumps=0.1), arc(3, focal_px=560.0, width_px=560, height_px=420))
+
+
+def test_the_coarse_levels_follow_the_scale_of_matching() -> None:
+    def levels(pixel_scale: float) -> list[float]:
+        return Refiner(load_grey=lambda _: np.zeros((1, 1), np.float32), pixel_scale=pixel_scale, threads=1).levels
+
+    assert levels(1.0) == [2.0, 1.0]
+    assert levels(0.3) == [2.0, 1.0]
+    assert levels(4.0) == [8.0, 4.0, 2.0, 1.0]
+    for scale in np.linspace(0.1, 20, 50):
+        found = levels(float(scale))
+        assert found[0] == 2 * max(scale, 1)
+        assert found[-1] == 1.0
+        assert all(1 < one / two <= 3 for one, two in pairwise(found))
+
+
+def test_large_photos_are_searched_as_far_as_their_matching_was_coarse() -> None:
+    tracks = large().tracks(noise_px=2.0)
+    geometry = turned(large().cameras, 2, 1.5 * MAX_MOVE / large().cameras.focal_px)
+    fine, coarse = (large().refine(tracks, geometry=geometry, pixel_scale=scale) for scale in (1.0, 4.0))
+    for refined, good in ((fine, False), (coarse, True)):
+        found = large().judge(tracks, refined)
+        mine = tracks.image[found.moving] == 2
+        assert mine.sum() > 60
+        assert (found.kept[mine].mean() > 0.97) == good
+        assert found.kept[mine].mean() < 0.05 or good
+        assert found.kept[~mine].mean() > 0.9
+        if good:
+            assert np.median(found.after[found.kept]) < 0.05
+            assert np.quantile(found.after[found.kept], 0.95) < 0.2
+
+
+def test_nothing_moves_farther_than_matching_may_err() -> None:
+    tracks = plane().tracks()
+    for off_px, kept in ((0.8 * MAX_MOVE, 0.9), (1.3 * MAX_MOVE, 0.02)):
+        refined = plane().refine(tracks, geometry=turned(plane().cameras, 0, off_px / plane().cameras.focal_px))
+        found = plane().judge(tracks, refined)
+        share = found.kept[tracks.image[found.moving] == 0].mean()
+        assert share > kept if kept > 0.5 else share < kept
+
+
+def test_neighbours_tell_how_a_surface_lies() -> None:
+    """A point alone is taken to face its cameras; on a tilted surface that costs accuracy."""
+    tracks = tilted().tracks(60)
+    together = tilted().judge(tracks, tilted().refine(tracks))
+    alone_after, alone_kept = [], []
+    for point in range(60):
+        mine = chosen(tracks, tracks.point == point)
+        if len(mine.point) > 1:
+            found = tilted().judge(mine, tilted().refine(mine))
+            alone_after += found.after.tolist()
+            alone_kept += found.kept.tolist()
+    assert np.mean(alone_kept) < together.kept.mean()
+    assert np.median(together.after) < 0.5 * np.median(alone_after)
+    assert np.median(alone_after) < 0.5  # the centre is still found
+
+
+def test_neighbours_that_are_no_surface_do_not_mislead() -> None:
+    """Scattered in depth, or in a line, they say nothing of the surface, which is then taken to face its cameras."""
+    tracks = plane().tracks(100)
+    near = plane().refine(tracks)
+    rng = np.random.default_rng(0)
+    # Points that no image sees are no part of any track, but thirty nearby points with one observation each are.
+    stray = np.repeat(tracks.points, 3, axis=0) + rng.normal(0, 0.15, (300, 3))
+    cluttered = Tracks(
+        points=np.concatenate([tracks.points, stray]),
+        point=np.concatenate([tracks.point, 100 + np.arange(300)]),
+        image=np.concatenate([tracks.image, np.zeros(300, np.int64)]),
+        keypoint=np.arange(len(tracks.point) + 300),
+        xy=np.concatenate([tracks.xy, np.full((300, 2), 100.0)]),
+    )
+    refined = plane().refine(cluttered)
+    rows = slice(len(tracks.point))
+    assert refined.kept[rows].mean() > 0.9
+    both = refined.kept[rows] & near.kept
+    assert np.median(np.linalg.norm(refined.xy[rows][both] - near.xy[both], axis=1)) < 0.05
+    assert refined.kept[len(tracks.point) :].all()  # nothing to compare them with
+    line = replace(tracks, points=np.outer(np.linspace(-1, 1, 100), [1.0, 0.2, 0.0]))
+    assert np.isfinite(plane().refine(line).xy).all()
+
+
+def test_tracks_of_two() -> None:
+    tracks = bumps().tracks()
+    pairs = chosen(tracks, np.isin(tracks.image, (2, 4)))
+    pairs = chosen(pairs, np.bincount(pairs.point)[pairs.point] == 2)
+    refined = bumps().refine(pairs)
+    found = bumps().judge(pairs, refined)
+    assert len(found.after) == len(pairs.points) > 50
+    assert found.kept.mean() > 0.97
+    assert np.median(found.after) < 0.05
+
+
+def test_a_single_observation_stays() -> None:
+    tracks = chosen(plane().tracks(), np.arange(len(plane().tracks().point)) == 3)
+    refined = plane().refine(tracks)
+    np.testing.assert_array_equal(refined.xy, tracks.xy)
+    assert refined.kept.tolist() == [True]
+
+
+def test_no_tracks() -> None:
+    none = np.zeros(0, np.int64)
+    empty = Tracks(points=np.zeros((0, 3)), point=none, image=none, keypoint=none, xy=np.zeros((0, 2)))
+    refined = plane().refine(empty)
+    assert refined.xy.shape == (0, 2)
+    assert refined.kept.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        lambda points, _: points - np.array([0.0, 0.0, 50.0]),
+        lambda points, centres: np.tile(centres[0], (len(points), 1)),
+        lambda points, _: 1e9 * (points + np.array([0.0, 0.0, 1.0])),
+    ],
+    ids=["behind all cameras", "in a camera", "at infinity"],
+)
+def test_impossible_points_do_no_harm(points: Callable[[Float64, Float64], Float64]) -> None:
+    """Warnings are errors."""
+    tracks = plane().tracks(60)
+    centres = camera_centre(plane().cameras.poses)
+    refined = plane().refine(replace(tracks, points=points(tracks.points, centres)))
+    assert np.isfinite(refined.xy).all()
+    assert 60 <= refined.kept.sum() < 0.5 * len(tracks.point)
+
+
+def test_a_point_behind_one_camera_is_rejected_there_alone() -> None:
+    tracks = plane().tracks(60)
+    poses = plane().cameras.poses.copy()
+    about = make_pose(np.diag([-1.0, 1.0, -1.0]), np.zeros(3))
+    poses[0] = compose_poses(about, poses[0])
+    found = plane().judge(tracks, plane().refine(tracks, geometry=replace(plane().cameras, poses=poses)))
+    mine = tracks.image[found.moving] == 0
+    assert mine.sum() > 30
+    assert not found.kept[mine].any()
+    assert found.kept[~mine].mean() > 0.97
+
+
+def test_the_same_again_with_any_number_of_threads() -> None:
+    tracks = bumps().tracks()
+    one, two, five = (bumps().refine(tracks, threads=threads) for threads in (1, 2, 5))
+    for other in (two, five):
+        np.testing.assert_array_equal(one.xy, other.xy)
+        np.testing.assert_array_equal(one.kept, other.kept)
+
+
+def test_the_order_of_the_observations_does_not_matter() -> None:
+    tracks = bumps().tracks(60)
+    plain = bumps().refine(tracks)
+    order = np.random.default_rng(0).permutation(len(tracks.point))
+    shuffled = replace(
+        tracks,
+        point=tracks.point[order],
+        image=tracks.image[order],
+        keypoint=tracks.keypoint[order],
+        xy=tracks.xy[order],
+    )
+    refined = bumps().refine(shuffled)
+    np.testing.assert_array_equal(refined.kept, plain.kept[order])
+    np.testing.assert_allclose(refined.xy, plain.xy[order], atol=1e-3)
+
+
+def test_only_photos_of_the_model_are_read() -> None:
+    """Other models of a run have photos of their own, and each is read a fixed number of times."""
+    tracks = plane().tracks(40)
+    some = chosen(tracks, np.isin(tracks.image, (1, 3)))
+    read: list[int] = []
+
+    def load_grey(image: int) -> Float32:
+        read.append(image)
+        return plane().photos[image]
+
+    Refiner(load_grey=load_grey, pixel_scale=1.0, threads=1).refine(some, plane().cameras)
+    assert set(read) == {1, 3}
+    assert len(read) <= 4
