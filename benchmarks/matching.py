@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import os
 import pstats
 import sys
 import time
@@ -307,4 +308,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is loaded, so too late now. Threads that spin while they wait, as they do otherwise, make all
+        # searches, and ours most, ten times as slow as soon as another process wants a core.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     main(sys.argv[1:])

@@ -2,12 +2,16 @@
 
 The map is cut into blocks of 8×8 pixels. All descriptors d of a block lie within a radius r of its centre c. A query q
 whose nearest descriptor so far is a distance t away needs a block only where |q - c| ≤ t + r: distances obey the
-triangle inequality, for unit descriptors compared by product too, where |q - d|² = 2 - 2 q·d. (The bound on the product
-itself, q·d ≤ q·c + |q| r, leaves four times as many blocks.) Blocks that are left are compared pixel by pixel in
-float32; pixels whose float32 score may be the largest, in float64 as `exhaustive` says. Every bound allows for
-rounding, so the result is that of `exhaustive`, ties included.
+triangle inequality, for unit descriptors compared by product too, where |q - d|² = 2 - 2 q·d. Blocks that are left are
+compared pixel by pixel in float32; pixels whose float32 score may be the largest, in float64 as `exhaustive` says.
+Every bound allows for rounding, so the result is that of `exhaustive`, ties included. Where little can be ruled out,
+whole products are taken; where too much is tied, all is compared in float64.
 
-Measured in benchmarks/matching.py: see its documentation for the choices that were tried.
+Choices measured on the maps of benchmarks/matching.py (noisy, 3,072 blocks, one thread): the ball leaves 2.6 % of the
+blocks to a query, and 2.3 % if its nearest descriptor were known beforehand; the bound on the product itself,
+q·d ≤ q·c + |q| r, leaves 12 %; a rectangle along the two main directions of the block's descriptors plus a ball around
+it leaves 0.9 %, but needs three products for each bound, which costs more than it saves. With blocks of 4×4 pixels a
+search takes 2.4 times as long, with 12×12 and 16×16 about as long or 1.2 times.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ DENSE_SHARE = 0.4
 CROWDED_SHARE = 1 / 16
 """Share of the blocks from which float64 scores of all pixels are faster than those of the candidates."""
 ELEMENTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Scores in one step: what stays in the second-level cache, or what keeps a GPU busy."""
+"""Scores in one step: what stays in the cache, or what keeps a GPU busy."""
 CANDIDATES_AT_ONCE = 1 << 11
+"""Blocks whose pixels are compared once more in one step."""
 LEAST_NORM = 2.0**-50
 """Added to every norm: where squares underflow in float32, norms and errors are not relative."""
 
@@ -93,11 +98,12 @@ class DescriptorMap:
     euclidean: bool
     """Compared by distance; otherwise by product, which is fast for descriptors of about equal length."""
     members: Tensor
-    """[B, 64, E] descriptors of each block, by distance followed by -|d|²/2. Blocks over the edge repeat it."""
-    norms: Tensor
-    """[B, 64]."""
+    """[B, 64, E] descriptors d of each block, so extended that their float32 product with an extended query is no less
+    than the score: by slack · |d|, and by (slack - 1/2) · |d|² where distances are compared."""
     pixels: Tensor
-    """[B, 64] row · W + column."""
+    """[B, 64] row · W + column. Blocks over the edge repeat it."""
+    largest: Tensor
+    """[B] largest norm in each block."""
     bounds: BlockBounds | None
     """None: blocks are not ruled out."""
     slack: float
@@ -132,16 +138,18 @@ class DescriptorMap:
             slack = _slack(features.device, channels)
             bounded = features.device.type == "cpu" if bounded is None else bounded
             bounds = BlockBounds.around(members, norms, slack=slack, euclidean=euclidean) if bounded else None
+            columns = [slack * norms]
             if euclidean:
-                square = torch.linalg.vector_norm(members, dim=2, keepdim=True).square()
-                members = torch.cat([members, square / -2], dim=2)
+                square = torch.linalg.vector_norm(members, dim=2).square()
+                columns.append(slack * norms.square() - square / 2)
+            members = torch.cat([members, torch.stack(columns, dim=2)], dim=2)
         return cls(
             size=(height, width),
             features=features,
             euclidean=euclidean,
             members=members,
-            norms=norms,
             pixels=pixels,
+            largest=norms.amax(dim=1),
             bounds=bounds,
             slack=slack,
         )
@@ -173,10 +181,9 @@ class _Search:
 
     def __init__(self, target: DescriptorMap, queries: Tensor, guess: Tensor | None) -> None:
         self.map, self.queries = target, queries
-        ones = queries.new_ones(len(queries), 1)
-        self.lifted = torch.cat([queries, ones], dim=1) if target.euclidean else queries.contiguous()
         self.norms = _norms(queries)
-        self.largest = target.norms.amax(dim=1)
+        columns = [self.norms, torch.ones_like(self.norms)][: 1 + target.euclidean]
+        self.extended = torch.cat([queries, torch.stack(columns, dim=1)], dim=1)
         self.found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         """Candidate blocks of each query so far."""
         self.lower = self._lower(guess)
@@ -186,7 +193,7 @@ class _Search:
         """[Q] pixels."""
         limit = max(BLOCK_PX, int(CROWDED_SHARE * len(self.map.members)))
         query, block, maxima = (torch.cat(column) for column in zip(*self._candidates(limit), strict=True))
-        keep = (self.found[query] <= limit) & (maxima + self._error(query, self.largest[block]) >= self.lower[query])
+        keep = (self.found[query] <= limit) & (maxima >= self.lower[query])
         index = self._decide(query[keep], block[keep])
         crowded = (self.found > limit).nonzero()[:, 0]
         if len(crowded):
@@ -195,10 +202,10 @@ class _Search:
             index[crowded] = nearest_exhaustive(unlike, self.map.features, euclidean=self.map.euclidean)[place]
         return index
 
-    def _error(self, query: Tensor, norms: Tensor) -> Tensor:
-        """What the float32 score of a query with a descriptor of some norm is wrong by, at most."""
-        own = self.norms[query].view(-1, *(1,) * (norms.ndim - 1))
-        return self.map.slack * (own * norms + norms.square() * self.map.euclidean)
+    def _excess(self, norms: Tensor, block: Tensor | slice) -> Tensor:
+        """By how much the product of a query of some norm with a descriptor of a block exceeds the score, at most."""
+        largest = self.map.largest[block]
+        return 2 * self.map.slack * (norms * largest + largest.square() * self.map.euclidean)
 
     def _lower(self, guess: Tensor | None) -> Tensor:
         if guess is not None:
@@ -208,18 +215,17 @@ class _Search:
             return torch.full_like(self.norms, -torch.inf)
         # The block whose centre is nearest holds a good neighbour nearly always.
         centres = self.map.bounds.centres
-        if self.map.euclidean:
-            centres = torch.cat([centres, centres.square().sum(dim=1, keepdim=True) / -2], dim=1)
+        offset = centres.square().sum(dim=1) / 2 if self.map.euclidean else 0
         rows = max(1, ELEMENTS_AT_ONCE["cpu"] // len(centres))
-        block = torch.cat([(some @ centres.T).argmax(dim=1) for some in torch.split(self.lifted, rows)])
+        block = torch.cat([(some @ centres.T - offset).argmax(dim=1) for some in torch.split(self.queries, rows)])
         block, query = block.sort()
         maxima = self._pair_maxima(block, query)
         lower = torch.empty_like(maxima)
-        lower[query] = maxima - self._error(query, self.largest[block])
+        lower[query] = maxima - self._excess(self.norms[query], block)
         return lower
 
     def _candidates(self, limit: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Query, block and float32 maximum of pairs that may hold the nearest pixel, some blocks at a time."""
+        """Query, block and largest product of pairs that may hold the nearest pixel, some blocks at a time."""
         bounds = self.map.bounds
         columns = 1 if bounds else BLOCK_PX**2
         step = max(1, ELEMENTS_AT_ONCE[self.queries.device.type] // (len(self.queries) * columns))
@@ -241,9 +247,8 @@ class _Search:
     def _compare(self, block: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates among pairs, which are sorted by block."""
         maxima = self._pair_maxima(block, query)
-        error = self._error(query, self.largest[block])
-        self.lower.scatter_reduce_(0, query, maxima - error, "amax")
-        keep = (maxima + error >= self.lower[query]).nonzero()[:, 0]
+        self.lower.scatter_reduce_(0, query, maxima - self._excess(self.norms[query], block), "amax")
+        keep = (maxima >= self.lower[query]).nonzero()[:, 0]
         return query[keep], block[keep], maxima[keep]
 
     def _compare_all(self, blocks: slice, limit: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,18 +256,15 @@ class _Search:
         members = self.map.members[blocks]
         columns = members.flatten(0, 1).T
         rows = max(1, 2 * ELEMENTS_AT_ONCE[self.queries.device.type] // columns.shape[1])
-        products = (some @ columns for some in torch.split(self.lifted, rows))
+        products = (some @ columns for some in torch.split(self.extended, rows))
         maxima = torch.cat([some.view(len(some), len(members), -1).amax(dim=2) for some in products])
-        error = self.map.slack * self.norms[:, None] * self.largest[blocks]
-        if self.map.euclidean:
-            error = error + self.map.slack * self.largest[blocks].square()
-        self.lower = torch.maximum(self.lower, (maxima - error).amax(dim=1))
-        near = (maxima + error >= self.lower[:, None]) & (self.found <= limit)[:, None]
+        self.lower = torch.maximum(self.lower, (maxima - self._excess(self.norms[:, None], blocks)).amax(dim=1))
+        near = (maxima >= self.lower[:, None]) & (self.found <= limit)[:, None]
         query, block = near.nonzero().unbind(1)
         return query, block + blocks.start, maxima[query, block]
 
     def _pair_maxima(self, block: Tensor, query: Tensor) -> Tensor:
-        """[P] largest float32 score of a query in a block, of pairs that are sorted by block.
+        """[P] largest product of a query with a block, of pairs that are sorted by block.
 
         The queries of one block are multiplied with it in groups of one size; what is missing in the last group of a
         block is filled up.
@@ -279,7 +281,7 @@ class _Search:
         rows[place] = query
         step = max(1, 2 * ELEMENTS_AT_ONCE[block.device.type] // (size * BLOCK_PX**2))
         maxima = [
-            torch.bmm(self.lifted[some], self.map.members[these].transpose(1, 2)).amax(dim=2)
+            torch.bmm(self.extended[some], self.map.members[these].transpose(1, 2)).amax(dim=2)
             for some, these in zip(torch.split(rows.view(-1, size), step), torch.split(of_group, step), strict=True)
         ]
         return torch.cat(maxima).view(-1)[place]
@@ -290,9 +292,8 @@ class _Search:
         index = torch.zeros_like(self.found)
         last = len(self.map.features)
         for q, b in zip(*(torch.split(column, CANDIDATES_AT_ONCE) for column in (query, block)), strict=True):
-            scores = torch.bmm(self.map.members[b], self.lifted[q][:, :, None])[:, :, 0]
-            near = scores + self._error(q, self.map.norms[b]) >= self.lower[q][:, None]
-            row, place = near.nonzero().unbind(1)
+            products = torch.bmm(self.map.members[b], self.extended[q][:, :, None])[:, :, 0]
+            row, place = (products >= self.lower[q][:, None]).nonzero().unbind(1)
             asked, pixel = q[row], self.map.pixels[b[row], place]
             exact = score_pairs(self.queries[asked], self.map.features[pixel], euclidean=self.map.euclidean)
             before = best.clone()

@@ -107,20 +107,22 @@ def test_the_fast_search_is_the_exhaustive_one(
 ) -> None:
     rng = np.random.default_rng(seed)
     asked, searched = make(kind, rng, *sides[:2], channels), make(other, rng, *sides[2:], channels)
-    fast = DescriptorMap.build(searched, euclidean=euclidean, bounded=bounded)
-    if how == "rounded products":
-        fast = with_rounded_products(fast)
+    build = with_rounded_products if how == "rounded products" else DescriptorMap.build
+    fast = build(searched, euclidean=euclidean, bounded=bounded)
     queries = asked.flatten(0, 1)[torch.from_numpy(rng.integers(0, sides[0] * sides[1], rng.integers(0, 200)))]
     guess = torch.from_numpy(rng.integers(0, sides[2] * sides[3], len(queries))) if how == "guess" else None
     expected = PlainMap.build(searched, euclidean=euclidean).nearest(queries)
     np.testing.assert_array_equal(fast.nearest(queries, guess).numpy(), expected.numpy())
 
 
-def with_rounded_products(fast: DescriptorMap) -> DescriptorMap:
+def with_rounded_products(descriptors: Tensor, *, euclidean: bool, bounded: bool) -> DescriptorMap:
     """A map whose float32 products are as inexact as those of a GPU may be."""
-    scale = 1 + 2.0**-10 * torch.randn(fast.members.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    bounds = fast.bounds and replace(fast.bounds, slack=2.0**-8)
-    return replace(fast, members=fast.members * scale, slack=2.0**-8, bounds=bounds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_input_rounding", lambda device: 2.0**-8)  # noqa: ARG005
+        coarse = DescriptorMap.build(descriptors, euclidean=euclidean, bounded=bounded)
+    generator = torch.Generator().manual_seed(0)
+    scale = 1 + 2.0**-9 * (2 * torch.rand(coarse.members.shape, generator=generator) - 1)
+    return replace(coarse, members=coarse.members * scale)
 
 
 @settings(max_examples=100)
