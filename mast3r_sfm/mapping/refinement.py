@@ -24,7 +24,8 @@ from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
 SMOOTHING = 1.0
 """Of the photos, in pixels of the patches."""
 MIN_CORRELATION = 0.6
-"""Stricter bounds lose points (0.75, 0.25 px and 4 px: 17 instead of 11 % on a façade) and gain no accuracy."""
+"""Stricter bounds (0.75, 0.25 px and 4 px) lose more points, 17 instead of 11 % on a façade. They change the poses of
+façades and objects little; on a drive straight ahead they take the error of the focal length from 6 to 1 %."""
 MAX_MOVE = 6.0
 """Pixels of matching between where an observation is found and where the model expects it."""
 MAX_UNCERTAINTY = 1.0
