@@ -35,6 +35,7 @@ from mast3r_sfm.matching import stage as match_stage
 from mast3r_sfm.models.base import DenseModel, PairModel
 from mast3r_sfm.models.registry import load_model, resolve_name
 from mast3r_sfm.progress import Progress, SilentProgress, steps
+from mast3r_sfm.reasons import why_left_out, why_nothing
 from mast3r_sfm.retrieval.stage import build_view_graph
 from mast3r_sfm.storage.cache import StageCache, write_json
 from mast3r_sfm.storage.encodings import IMAGES_PER_CHUNK, StoredEncodings, pack
@@ -174,7 +175,7 @@ class _Run:
             parts = align_stage.align(matches, len(photos), self.config.align)
             report.counts = {"parts": len(parts), "images": sum(len(part.images) for part in parts)}
         if not parts:
-            raise ReconstructionError(_why_nothing(matches))
+            raise ReconstructionError(why_nothing(matches))
         with self._stage("map") as report:
             given = map_stage.MapInput(names=photos.names, rig=rig, matches=matches, parts=parts)
             models = self._map(photos, given, encodings, report)
@@ -349,7 +350,7 @@ class _Run:
         models[0].write_ply(self.output / "points.ply")
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(
-            LeftOut(name=name, reason=_why_left_out(index, matches, photos, registered))
+            LeftOut(name=name, reason=why_left_out(index, matches, photos, registered))
             for index, name in enumerate(photos.names)
             if name not in registered
         )
@@ -395,33 +396,6 @@ def read_report(output: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _why_nothing(matches: Sequence[PairMatches]) -> str:
-    turning = [match for match in matches if match.verdict is Verdict.PURE_ROTATION]
-    if turning:
-        images = len({index for match in turning for index in (match.first, match.second)})
-        return (
-            f"pure rotation: {images} photos show the same place, but all from one point, so that nothing can be said "
-            "of depth; take photos from different positions"
-        )
-    return (
-        "no two photos were found to show the same place; take photos with more overlap, and of something with texture"
-    )
-
-
-def _why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, registered: set[str]) -> str:
-    mine = [match for match in matches if index in (match.first, match.second)]
-    links = [match for match in mine if match.verdict.is_link]
-    if not links:
-        return "no other photo was found to show the same place"
-    partners = {photos.names[match.second if match.first == index else match.first] for match in links}
-    in_model = partners & registered
-    if not in_model:
-        return f"matches only {', '.join(sorted(partners)[:3])}, too little for a model"
-    if all(match.verdict is Verdict.PURE_ROTATION for match in links):
-        return f"was taken from the same point as {min(in_model)}, and sees too little of the model"
-    return f"its matches with {len(in_model)} photos of the model contradict the model, or are too few"
 
 
 @contextmanager

@@ -85,22 +85,17 @@ class Mapper:
         # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
         # the raw ones, which err independently, showed.
         shifted = {number for number in used if not _is_centred(reconstruction.camera(number))}
-        refined: dict[int, Float64] = {}
+        confirmed: set[int] = set()
         for _ in range(READJUSTMENTS):
             bundle.refine_principal_point, options.constant_cameras = False, set()
             mapper.adjust_global_bundle(options, bundle)
             mapper.filter_points(options)
             bundle.refine_principal_point = True
-            found = off_centre_cameras(reconstruction, bundle) if shifted else {}
-            refined = {number: params for number, params in found.items() if number in shifted}
-            for number in sorted(shifted):
-                camera = reconstruction.camera(number)
-                if number in refined:
-                    camera.params = refined[number].tolist()
-                else:
-                    camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
-        if refined:
-            options.constant_cameras = used - set(refined)
+            confirmed = shifted & off_centre_cameras(reconstruction, bundle).keys() if shifted else set()
+            for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
+                camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
+        if confirmed:
+            options.constant_cameras = used - confirmed
             mapper.adjust_global_bundle(options, bundle)
             mapper.filter_points(options)
         mapper.filter_frames(options)

@@ -14,7 +14,7 @@ from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
-from mast3r_sfm.types import AlignmentResult, PairMatches, Rig
+from mast3r_sfm.types import AlignmentResult, PairMatches, Rig, Tracks
 
 CODE_VERSION = 2
 MIN_POINTS = 20
@@ -120,15 +120,15 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapMode
     tracks = model.tracks()
     refined = refiner.refine(tracks, model)
     adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
-    return adjusted if _holds_all(adjusted, model) else model
+    same_images = adjusted.cam_from_world.keys() == model.cam_from_world.keys()
+    return adjusted if same_images and _holds_all(adjusted, tracks) else model
 
 
-def _holds_all(adjusted: ColmapModel, model: ColmapModel) -> bool:
-    # COLMAP leaves images in a small model that have lost all of their observations.
-    before = np.bincount(model.tracks().image)
-    after = np.bincount(adjusted.tracks().image, minlength=len(before))
-    are_held = adjusted.num_points >= MIN_POINTS and (after >= before.clip(max=MIN_OBSERVATIONS)).all()
-    return bool(are_held) and adjusted.cam_from_world.keys() == model.cam_from_world.keys()
+def _holds_all(adjusted: ColmapModel, before: Tracks) -> bool:
+    """Whether all images still rest on something: COLMAP leaves those in a small model that lost all observations."""
+    count_before = np.bincount(before.image)
+    count = np.bincount(adjusted.tracks().image, minlength=len(count_before))
+    return adjusted.num_points >= MIN_POINTS and bool((count >= count_before.clip(max=MIN_OBSERVATIONS)).all())
 
 
 def photo_scale(scales: Sequence[float]) -> float:

@@ -50,26 +50,21 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
         second: encoding of the second image.
     """
     forward, backward = orders
-    device = forward.first.descriptors.device
     # The descriptors are let go of once they are matched; the points need much less.
-    points_of = {
-        "first": forward.first.points_at,
-        "shared": forward.second.points_at,
-        "second": backward.first.points_at,
-    }
+    first_points, shared_points, second_points = (
+        view.points_at for view in (forward.first, forward.second, backward.first)
+    )
+    device = forward.first.descriptors.device
     step = max(_grid_step(view.descriptors) for view in (forward.first, forward.second))
     matches = match_predictions(forward, backward, step)
     index_first, index_second = matches.pairs.first.to(device), matches.pairs.second.to(device)
 
     def points(numbers: Int64) -> tuple[Float64, Float64]:
         chosen = torch.from_numpy(numbers).to(device)
-        found = {
-            name: points_at((index_first if name == "first" else index_second)[chosen])[0].double().cpu().numpy()
-            for name, points_at in points_of.items()
-        }
+        own, shared = (_as_array(at(index_second[chosen])[0]) for at in (second_points, shared_points))
         # Each order has a scale of its own: the second view's points in its own frame take the first order's.
-        fit = align_similarity_robust(found["second"], found["shared"])[0] if len(numbers) >= MIN_MATCHES else None
-        return found["first"], found["second"] * (fit.scale if fit else 1.0)
+        scale = align_similarity_robust(own, shared)[0].scale if len(numbers) >= MIN_MATCHES else 1.0
+        return _as_array(first_points(index_first[chosen])[0]), own * scale
 
     return Putative(
         xy_first=_grid_xy(matches.pairs.first.cpu().numpy(), first),
@@ -77,6 +72,11 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
         confidence=matches.confidence.cpu().numpy(),
         points=points,
     )
+
+
+def _as_array(points: torch.Tensor) -> Float64:
+    array: Float64 = points.double().cpu().numpy()
+    return array
 
 
 def _grid_xy(index: Int64, encoding: Encoding) -> Float64:

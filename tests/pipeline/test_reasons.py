@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mast3r_sfm.pipeline import _why_left_out, _why_nothing
+from mast3r_sfm.reasons import why_left_out, why_nothing
 from mast3r_sfm.types import ImageRecord, ImageSet, PairMatches, Verdict
 
 
@@ -47,15 +47,15 @@ def photos(number: int) -> ImageSet:
 )
 def test_why_a_photo_is_left_out(matches: list[PairMatches], expected: str) -> None:
     others = [pair(0, 1, Verdict.GOOD), pair(1, 2, Verdict.GOOD)]
-    reason = _why_left_out(3, [*others, *matches], photos(5), {"0.jpg", "1.jpg", "2.jpg"})
+    reason = why_left_out(3, [*others, *matches], photos(5), {"0.jpg", "1.jpg", "2.jpg"})
     assert re.search(expected, reason), reason
 
 
 def test_why_there_is_nothing() -> None:
     turning = [pair(0, 1, Verdict.PURE_ROTATION), pair(1, 4, Verdict.PURE_ROTATION), pair(2, 3, Verdict.WEAK, 0)]
-    assert "pure rotation: 3 photos" in _why_nothing(turning)
-    assert "different positions" in _why_nothing(turning)
-    apart = _why_nothing([pair(0, 1, Verdict.WEAK, 0), pair(1, 2, Verdict.TOO_FEW, 0)])
+    assert "pure rotation: 3 photos" in why_nothing(turning)
+    assert "different positions" in why_nothing(turning)
+    apart = why_nothing([pair(0, 1, Verdict.WEAK, 0), pair(1, 2, Verdict.TOO_FEW, 0)])
     assert "no two photos" in apart
     assert "overlap" in apart
-    assert "no two photos" in _why_nothing([])
+    assert "no two photos" in why_nothing([])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class Mast3rModel:
         for numbers in _grouped([image.pixels.shape for image in images]):
             for number, encoding in zip(
                 numbers,
-                self._in_batches([images[number] for number in numbers], self.images_at_once, self._encode_alike),
+                self._in_batches([images[number] for number in numbers], "images_at_once", self._encode_alike),
                 strict=True,
             ):
                 encodings[number] = encoding
@@ -127,17 +127,20 @@ class Mast3rModel:
             ConfigError: not even one pair fits into the device's memory.
         """
         for numbers in _grouped([(first.network_size, second.network_size) for first, second in pairs]):
-            orders = self._in_batches([pairs[number] for number in numbers], self.pairs_at_once, self._decode_alike)
+            orders = self._in_batches([pairs[number] for number in numbers], "pairs_at_once", self._decode_alike)
             for number, (forward, backward) in zip(numbers, orders, strict=True):
                 yield number, forward, backward
 
     def _in_batches(
-        self, items: Sequence[Item], at_once: int, run: Callable[[Sequence[Item]], list[Result]]
+        self,
+        items: Sequence[Item],
+        size: Literal["images_at_once", "pairs_at_once"],
+        run: Callable[[Sequence[Item]], list[Result]],
     ) -> Iterator[Result]:
-        """Run batch by batch; one that does not fit into the memory is halved, and so are those after it."""
+        """Run batch by batch; one that does not fit into the memory is halved, and so are all from then on."""
         start = 0
         while start < len(items):
-            batch = items[start : start + at_once]
+            batch = items[start : start + getattr(self, size)]
             results = None
             try:
                 with self._computing, torch.inference_mode(), _products(self._device, tf32=self._precision.tf32):
@@ -156,7 +159,7 @@ class Mast3rModel:
                 ) from error
             if results is None:
                 # Only here, with the exception gone, is what the failed batch had allocated free again.
-                at_once = max(1, len(batch) // 2)
+                setattr(self, size, len(batch) // 2)
                 gc.collect()
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -239,7 +242,7 @@ class Mast3rModel:
             self._check_finite([], [values for some in points for values in some])
             return points
 
-        (points,) = self._in_batches([index], 1, run)
+        (points,) = self._in_batches([index], "pairs_at_once", run)
         return points
 
     def _tokens(self, encodings: Sequence[Encoding]) -> Tensor:

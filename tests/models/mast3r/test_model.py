@@ -285,6 +285,9 @@ def test_images_that_do_not_fit_are_encoded_in_smaller_batches(
     sizes = record_batches(made, "encode", most)
     found = made.encode([images[0], images[2], images[4], images[6], images[0], images[2]])
     assert sizes == {1: [6, 3, 1, 1, 1, 1, 1, 1], 2: [6, 3, 1, 1, 1, 1, 1, 1], 3: [6, 3, 3]}[most]
+    sizes.clear()
+    made.encode([images[0], images[2], images[4], images[6]])
+    assert sizes == {1: [1, 1, 1, 1], 2: [1, 1, 1, 1], 3: [3, 1]}[most]  # what did not fit is not tried again
     for encoding, number in zip(found, (0, 2, 4, 6, 0, 2), strict=True):
         np.testing.assert_allclose(encoding.tokens, encodings[number].tokens, rtol=2e-3, atol=2e-4)
 

@@ -1,0 +1,43 @@
+"""What a user is told of photos of which no model could be made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mast3r_sfm.types import ImageSet, PairMatches, Verdict
+
+
+def why_nothing(matches: Sequence[PairMatches]) -> str:
+    """Why no model could be begun, and what photos would help."""
+    turning = [match for match in matches if match.verdict is Verdict.PURE_ROTATION]
+    if turning:
+        images = len({index for match in turning for index in (match.first, match.second)})
+        return (
+            f"pure rotation: {images} photos show the same place, but all from one point, so that nothing can be said "
+            "of depth; take photos from different positions"
+        )
+    return (
+        "no two photos were found to show the same place; take photos with more overlap, and of something with texture"
+    )
+
+
+def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, registered: set[str]) -> str:
+    """Why a photo stands in no model.
+
+    Args:
+        index: of the photo.
+        matches: all edges of the view graph.
+        photos: of the run.
+        registered: names of the photos that stand in a model.
+    """
+    mine = [match for match in matches if index in (match.first, match.second)]
+    links = [match for match in mine if match.verdict.is_link]
+    if not links:
+        return "no other photo was found to show the same place"
+    partners = {photos.names[match.second if match.first == index else match.first] for match in links}
+    in_model = partners & registered
+    if not in_model:
+        return f"matches only {', '.join(sorted(partners)[:3])}, too little for a model"
+    if all(match.verdict is Verdict.PURE_ROTATION for match in links):
+        return f"was taken from the same point as {min(in_model)}, and sees too little of the model"
+    return f"its matches with {len(in_model)} photos of the model contradict the model, or are too few"
