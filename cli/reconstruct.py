@@ -18,7 +18,7 @@ from mast3r_sfm.errors import ArtifactError, ConfigError, ReconstructionError
 from mast3r_sfm_cli.config import read_config, settings_options
 from mast3r_sfm_cli.summary import missing_photos, summarise
 
-_STAGES = frozenset(("prepare", "encode", "pairs", "match", "align", "map", "export"))
+_STAGES = frozenset(("prepare", "encode", "pairs", "sift", "match", "align", "map", "export"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,17 +93,23 @@ class MatchConfig:
 
     dtype: DecoderType = "auto"
     """What the decoder of a pointmap model computes in; auto: float16 on CUDA, float32 elsewhere."""
+    features: Literal["model", "sift", "both"] = "both"
+    """What is matched: what the model finds, COLMAP's SIFT keypoints, or both."""
     min_similarity: float = 0.8
-    """Cosine below which two descriptors are not a match."""
+    """Cosine below which two of the model's keypoints are not a match."""
+    max_ratio: float = 0.9
+    """Distance of a match's descriptors over that of the second nearest above which it has no say in whether two photos
+    show the same place (the model's keypoints)."""
     max_epipolar_error_px: float = 2.0
     """Sampson distance, at the resolution of matching, of an inlier of the two-view check."""
-    min_inliers: int = 20
+    min_inliers: int = 15
     """Inliers of the two-view check below which two photos are never taken to show the same place."""
     chance_share: float = 0.12
     """Inliers that a pair needs beyond `min_inliers`, per putative match: so many agree by chance."""
 
     def __post_init__(self) -> None:
         _require(-1 <= self.min_similarity <= 1, "match.min_similarity", self.min_similarity, "must be in [-1, 1]")
+        _require(0 < self.max_ratio <= 1, "match.max_ratio", self.max_ratio, "must be in (0, 1]")
         _require(
             self.max_epipolar_error_px > 0, "match.max_epipolar_error_px", self.max_epipolar_error_px, "must be > 0"
         )

@@ -25,6 +25,7 @@ import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel, write_models
+from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, RunOptions, fingerprint
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
@@ -32,7 +33,8 @@ from mast3r_sfm.images.loading import load_grey, load_image
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
-from mast3r_sfm.models.base import DenseModel, PairModel
+from mast3r_sfm.matching.putative import KeypointSource
+from mast3r_sfm.models.base import DenseModel, ImageModel, KeypointModel, PairModel
 from mast3r_sfm.models.registry import load_model, resolve_name
 from mast3r_sfm.progress import Progress, SilentProgress, steps
 from mast3r_sfm.reasons import why_left_out, why_nothing
@@ -168,8 +170,28 @@ class _Run:
             encodings = self._encode(photos, model, report)
         with self._stage("pairs") as report:
             graph = self._choose_pairs(encodings, model, report)
+        keypoints: list[KeypointSource] = []
+        if self.config.match.features != "model":
+            with self._stage("sift") as report:
+                keypoints.append(self._detect_sift(photos, report))
+        if self.config.match.features != "sift" and isinstance(model, KeypointModel):
+            keypoints.append(
+                KeypointSource(
+                    encodings=encodings,
+                    min_similarity=self.config.match.min_similarity,
+                    max_ratio=self.config.match.max_ratio,
+                )
+            )
         with self._stage("match") as report:
-            matches, rig = self._match(photos, graph, encodings, model, report)
+            matcher = match_stage.Matcher(
+                model=model,
+                encodings=encodings,
+                keypoints=keypoints,
+                config=self.config.match,
+                seed=self.config.seed,
+                threads=self.threads,
+            )
+            matches, rig = self._match(photos, graph, matcher, report)
         with self._stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
             parts = align_stage.align(matches, len(photos), self.config.align)
@@ -225,10 +247,10 @@ class _Run:
         cache.describe({"version": mast3r_sfm.__version__, "config": self.config.to_dict()})
         return cache
 
-    def _encode(self, photos: ImageSet, model: PairModel, report: _Draft) -> StoredEncodings:
+    def _encode(self, photos: ImageSet, model: ImageModel, report: _Draft, stage: str = "encode") -> StoredEncodings:
         contents = [(record.name, record.sha256, record.orientation) for record in photos.records]
-        report.key = fingerprint("encode", ENCODE_VERSION, model.fingerprint, model.preparation, contents)
-        cache = self._cache("encode", report.key)
+        report.key = fingerprint(stage, ENCODE_VERSION, model.fingerprint, model.preparation, contents)
+        cache = self._cache(stage, report.key)
 
         def load(record: ImageRecord) -> LoadedImage:
             return load_image(photos.root, record, model.preparation)
@@ -243,7 +265,7 @@ class _Run:
 
         # Small networks: images side by side, each on one thread, are half again as fast as one on several threads.
         with (
-            steps(self.recorder, "encode", len(photos), "image"),
+            steps(self.recorder, stage, len(photos), "image"),
             _torch_threads(1 if model.images_at_once == 1 else self.threads),
             ThreadPoolExecutor(self.threads) as pool,
         ):
@@ -260,6 +282,12 @@ class _Run:
                 cache.write(chunk, *pack(encodings))
         report.counts = {"images": len(photos)}
         return StoredEncodings(cache, len(photos))
+
+    def _detect_sift(self, photos: ImageSet, report: _Draft) -> KeypointSource:
+        before, sift = report.key, SiftModel()
+        encodings = self._encode(photos, sift, report, "sift")
+        report.key = fingerprint(before, report.key)
+        return KeypointSource(encodings=encodings, min_similarity=sift.min_similarity, max_ratio=sift.max_ratio)
 
     def _choose_pairs(self, encodings: Sequence[Encoding], model: PairModel, report: _Draft) -> ViewGraph:
         report.key = fingerprint("pairs", PAIRS_VERSION, report.key, self.config.pairs, self.config.seed)
@@ -289,16 +317,13 @@ class _Run:
         return graph
 
     def _match(
-        self, photos: ImageSet, graph: ViewGraph, encodings: Sequence[Encoding], model: PairModel, report: _Draft
+        self, photos: ImageSet, graph: ViewGraph, matcher: match_stage.Matcher, report: _Draft
     ) -> tuple[list[PairMatches], Rig]:
         config = self.config
         report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, config.match, config.seed)
         cache = self._cache("match", report.key)
-        matcher = match_stage.Matcher(
-            model=model, encodings=encodings, config=config.match, seed=config.seed, threads=self.threads
-        )
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
-        with _torch_threads(self.threads if isinstance(model, DenseModel) else 1):
+        with _torch_threads(self.threads if isinstance(matcher.model, DenseModel) else 1):
             edges, report.resumed = matcher.check_graph(graph, cache, self.recorder)
         rig = matcher.estimate_rig(edges, photos.records)
         matches = matcher.calibrate(edges, rig)

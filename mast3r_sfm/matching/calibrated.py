@@ -79,7 +79,7 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
     # Rays that are parallel to within the noise of a pixel have no depth worth keeping, whatever side they meet on.
     noise = config.max_epipolar_error_px / focal
     keep = np.flatnonzero(inliers & (points[:, 2] > 0) & (points_second[:, 2] > 0) & (angle > noise / 4))
-    if len(keep) < min_significant_inliers(edge.num_putative, config):
+    if int(edge.is_distinct[keep].sum()) < min_significant_inliers(edge.num_putative, config):
         return _without_depth(edge, Verdict.WEAK, np.zeros(0, np.int64), first, second)
     if edge.points_first is not None and edge.points_second is not None:
         # A pointmap model brings its own depth, better than two rays at a small angle.

@@ -13,6 +13,7 @@ import numpy as np
 import poselib
 
 from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.geometry.epipolar import sampson_error
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Verdict
 
 MAX_ITERATIONS = 3000
@@ -35,6 +36,8 @@ class EpipolarEdge:
     xy_second: Float64
     confidence: Float32
     """[M]."""
+    is_distinct: Bool
+    """[M]: the match had a say in the verdict."""
     points_first: Float64 | None
     """[M, 3] 3D points in the first camera's frame, of a link that a pointmap model found; else None."""
     points_second: Float64 | None
@@ -45,6 +48,7 @@ class EpipolarEdge:
     homography_share: float
     """Share of the inliers that one homography explains as well."""
     num_putative: int
+    """Distinct matches before the check."""
     verdict: Verdict
     """GOOD, WEAK or TOO_FEW; what kind of link a GOOD one is, is decided when focal lengths are known."""
 
@@ -54,9 +58,14 @@ class EpipolarEdge:
         return self.homography_share >= PLANAR_SHARE
 
     @property
+    def num_inliers(self) -> int:
+        """How many distinct matches agree with the geometry."""
+        return int(self.is_distinct.sum())
+
+    @property
     def inlier_ratio(self) -> float:
-        """Share of the putative matches that are inliers."""
-        return len(self.xy_first) / max(self.num_putative, 1)
+        """Share of the distinct matches that are inliers."""
+        return self.num_inliers / max(self.num_putative, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,9 @@ class Putative:
     xy_first: Float64
     xy_second: Float64
     confidence: Float32
+    is_distinct: Bool
+    """[M]: nothing else in the other image looks nearly as much alike. These decide whether the photos show the same
+    place, and from where; the others are then believed where they agree."""
     points: Callable[[Int64], tuple[Float64, Float64]] | None = None
     """From a pointmap model, the 3D points of both views, [K, 3] each in its own camera's frame and both in one scale,
     of the matches with these numbers; made when they are asked for."""
@@ -78,6 +90,7 @@ class Putative:
             xy_first=self.xy_first[index],
             xy_second=self.xy_second[index],
             confidence=self.confidence[index],
+            is_distinct=self.is_distinct[index],
             points=None if points is None else lambda chosen: points(numbers[chosen]),
         )
 
@@ -101,11 +114,12 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
         config: thresholds.
         seed: of the sampling.
     """
-    count = len(putative.xy_first)
-    inliers = np.zeros(count, bool)
-    fundamental, homography, homography_share = np.zeros((3, 3)), np.zeros((3, 3)), 0.0
     # The best matches first: progressive sampling draws from them first.
     ordered = putative.subset(np.argsort(-putative.confidence, kind="stable"))
+    distinct = ordered.subset(ordered.is_distinct)
+    count = len(distinct.xy_first)
+    error = np.full(len(ordered.xy_first), np.inf)
+    fundamental, homography, homography_share = np.zeros((3, 3)), np.zeros((3, 3)), 0.0
     if count >= MIN_SAMPLE:
         options = {
             "progressive_sampling": True,
@@ -113,12 +127,12 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
             "min_iterations": MIN_ITERATIONS,
             "seed": seed,
         }
-        fundamental, info = poselib.estimate_fundamental(
-            ordered.xy_first, ordered.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **options}
+        fundamental, _ = poselib.estimate_fundamental(
+            distinct.xy_first, distinct.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **options}
         )
-        inliers = np.asarray(info["inliers"], bool)
-    enough = int(inliers.sum()) >= min_significant_inliers(count, config)
-    kept = ordered.subset(inliers)
+        error = sampson_error(fundamental, ordered.xy_first, ordered.xy_second)
+    kept = ordered.subset(error < config.max_epipolar_error_px)
+    enough = int(kept.is_distinct.sum()) >= min_significant_inliers(count, config)
     if enough:
         homography, info = poselib.estimate_homography(
             kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **options}
@@ -134,6 +148,7 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
         xy_first=kept.xy_first,
         xy_second=kept.xy_second,
         confidence=kept.confidence,
+        is_distinct=kept.is_distinct,
         points_first=points_first,
         points_second=points_second,
         fundamental=np.asarray(fundamental, np.float64),

@@ -22,7 +22,7 @@ from mast3r_sfm.matching.putative import network_xy
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.types import Bool, Encoding, Int64, Verdict
 
-STRONG_EVIDENCE = 40.0
+STRONG_EVIDENCE = 20.0
 """Inliers times the square of their share above which nearest neighbours are believed. Chance reaches 6 (1,300 pairs,
 benchmarks/chance_matches.py); of the wrong pairs of a street, nine tenths stay below 39."""
 MAX_ROUNDS = 8
@@ -39,7 +39,10 @@ def match_hard_pair(
     first, second = views
     index, confidence = model.match_hard(first, second)
     putative = Putative(
-        xy_first=network_xy(first)[index[:, 0]], xy_second=network_xy(second)[index[:, 1]], confidence=confidence
+        xy_first=network_xy(first, first.transform.scale)[index[:, 0]],
+        xy_second=network_xy(second, second.transform.scale)[index[:, 1]],
+        confidence=confidence,
+        is_distinct=np.ones(len(index), bool),
     )
     return check_pair(pair, putative, config, seed)
 
@@ -81,7 +84,7 @@ def settle_hanging_pairs(
 
 
 def _evidence(edge: EpipolarEdge) -> float:
-    return len(edge.xy_first) * edge.inlier_ratio**2 if edge.verdict.is_link else 0.0
+    return edge.num_inliers * edge.inlier_ratio**2 if edge.verdict.is_link else 0.0
 
 
 def _parts(edges: Sequence[EpipolarEdge], strong: Bool, num_images: int) -> Int64:
@@ -99,6 +102,6 @@ def _most_promising(edges: Sequence[EpipolarEdge], part: Int64, tried: Bool) -> 
         if ends[0] == ends[1] or tried[number]:
             continue
         for end in ends:
-            if end not in best or len(edge.xy_first) > len(edges[best[end]].xy_first):
+            if end not in best or edge.num_inliers > edges[best[end]].num_inliers:
                 best[end] = number
     return sorted(set(best.values()))

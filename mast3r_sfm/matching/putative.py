@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 import torch
 
-from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.similarity import align_similarity_robust
 from mast3r_sfm.matching.check import Putative
 from mast3r_sfm.matching.nearest import mutual_nearest
@@ -19,13 +20,45 @@ MAX_SEEDS = 4096
 MIN_MATCHES = 8
 
 
-def match_keypoints(first: Encoding, second: Encoding, config: MatchConfig) -> Putative:
-    """Mutual nearest neighbours among the keypoints of two images."""
-    pairs, similarity = mutual_nearest(_descriptors(first), _descriptors(second), config.min_similarity)
+@dataclass(frozen=True, kw_only=True)
+class KeypointSource:
+    """One kind of keypoints of all images, and what makes two of them a match."""
+
+    encodings: Sequence[Encoding]
+    min_similarity: float
+    """Cosine below which two descriptors are not a match."""
+    max_ratio: float
+    """Ratio to the distance of the second nearest above which a match is not distinct."""
+
+
+def match_keypoints(
+    views: tuple[Encoding, Encoding], source: KeypointSource, scales: tuple[float, float]
+) -> Putative:
+    """Mutual nearest neighbours among the keypoints of two images.
+
+    Args:
+        views: the keypoints of both images.
+        source: where they come from.
+        scales: photo pixels per network pixel of both images.
+    """
+    first, second = views
+    found = mutual_nearest(_descriptors(first), _descriptors(second), source.min_similarity)
     return Putative(
-        xy_first=network_xy(first)[pairs[:, 0]],
-        xy_second=network_xy(second)[pairs[:, 1]],
-        confidence=similarity,
+        xy_first=network_xy(first, scales[0])[found.pairs[:, 0]],
+        xy_second=network_xy(second, scales[1])[found.pairs[:, 1]],
+        # In the same measure for all kinds of keypoints: 1 for a match without rival, 0 where it ceases to be distinct.
+        confidence=1 - found.ratio / np.float32(source.max_ratio),
+        is_distinct=found.ratio < source.max_ratio,
+    )
+
+
+def join_putative(parts: Sequence[Putative]) -> Putative:
+    """All matches of a pair, without their points."""
+    return Putative(
+        xy_first=np.concatenate([part.xy_first for part in parts]),
+        xy_second=np.concatenate([part.xy_second for part in parts]),
+        confidence=np.concatenate([part.confidence for part in parts]),
+        is_distinct=np.concatenate([part.is_distinct for part in parts]),
     )
 
 
@@ -33,12 +66,12 @@ def _descriptors(encoding: Encoding) -> torch.Tensor:
     return torch.from_numpy(encoding.tokens.astype(np.float32))
 
 
-def network_xy(encoding: Encoding) -> Float64:
+def network_xy(encoding: Encoding, scale: float) -> Float64:
     """Stored photo pixels scaled to the network's size, so that one camera's pixels keep one frame.
 
     Unlike `transform.to_network`, EXIF orientation is not applied: intrinsics belong to the stored pixels.
     """
-    return encoding.xy.astype(np.float64) / encoding.transform.scale
+    return encoding.xy.astype(np.float64) / scale
 
 
 def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding) -> Putative:
@@ -70,6 +103,7 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
         xy_first=_grid_xy(matches.pairs.first.cpu().numpy(), first),
         xy_second=_grid_xy(matches.pairs.second.cpu().numpy(), second),
         confidence=matches.confidence.cpu().numpy(),
+        is_distinct=np.ones(len(matches.confidence), bool),
         points=points,
     )
 

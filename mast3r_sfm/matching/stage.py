@@ -15,14 +15,14 @@ from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
 from mast3r_sfm.matching.focal import estimate_focal_ratios
 from mast3r_sfm.matching.hard import match_hard_pair, settle_hanging_pairs
-from mast3r_sfm.matching.putative import match_dense, match_keypoints
+from mast3r_sfm.matching.putative import KeypointSource, join_putative, match_dense, match_keypoints
 from mast3r_sfm.matching.turns import settle_turns
 from mast3r_sfm.models.base import DenseModel, KeypointModel, PairModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches, Rig, Verdict, ViewGraph
 
-CODE_VERSION = 2
+CODE_VERSION = 4
 PAIRS_PER_CHUNK = 64
 _DENSE_WORKERS = 4
 """While the network decodes some pairs, this many threads less one check what it found before; each keeps a few pairs'
@@ -35,6 +35,9 @@ class Matcher:
 
     model: PairModel
     encodings: Sequence[Encoding]
+    """The model's."""
+    keypoints: Sequence[KeypointSource]
+    """All kinds of keypoints that are matched: the model's, if it has them, and others."""
     config: MatchConfig
     seed: int
     threads: int
@@ -88,8 +91,10 @@ class Matcher:
     def _tasks(self, pairs: list[tuple[int, int]]) -> Iterator[Callable[[], list[EpipolarEdge]]]:
         """What the pool does, a few pairs at a time; encodings are read here, in one thread."""
         if not isinstance(self.model, DenseModel):
-            for pair in pairs:
-                yield partial(self._check_keypoints, pair, (self.encodings[pair[0]], self.encodings[pair[1]]))
+            for first, second in pairs:
+                views = [(source.encodings[first], source.encodings[second]) for source in self.keypoints]
+                scales = self.encodings[first].transform.scale, self.encodings[second].transform.scale
+                yield partial(self._check_keypoints, (first, second), views, scales)
             return
         sizes: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
         for pair in pairs:
@@ -101,8 +106,13 @@ class Matcher:
                     self._check_dense, self.model, some, [(self.encodings[i], self.encodings[j]) for i, j in some]
                 )
 
-    def _check_keypoints(self, pair: tuple[int, int], views: tuple[Encoding, Encoding]) -> list[EpipolarEdge]:
-        return [check_pair(pair, match_keypoints(*views, self.config), self.config, self.seed)]
+    def _check_keypoints(
+        self, pair: tuple[int, int], views: Sequence[tuple[Encoding, Encoding]], scales: tuple[float, float]
+    ) -> list[EpipolarEdge]:
+        putative = [
+            match_keypoints(both, source, scales) for both, source in zip(views, self.keypoints, strict=True)
+        ]
+        return [check_pair(pair, join_putative(putative), self.config, self.seed)]
 
     def _check_dense(
         self, model: DenseModel, pairs: list[tuple[int, int]], views: list[tuple[Encoding, Encoding]]
@@ -183,6 +193,7 @@ def _pack(edges: list[EpipolarEdge]) -> Arrays:
         "xy_first": np.concatenate([edge.xy_first for edge in edges]),
         "xy_second": np.concatenate([edge.xy_second for edge in edges]),
         "confidence": np.concatenate([edge.confidence for edge in edges]),
+        "is_distinct": np.concatenate([edge.is_distinct for edge in edges]),
         "points_first": np.concatenate([none if first is None else first for first, _ in points]),
         "points_second": np.concatenate([none if second is None else second for _, second in points]),
         "fundamental": np.stack([edge.fundamental for edge in edges]),
@@ -208,6 +219,7 @@ def _unpack(arrays: Arrays) -> list[EpipolarEdge]:
                 xy_first=arrays["xy_first"][part],
                 xy_second=arrays["xy_second"][part],
                 confidence=arrays["confidence"][part],
+                is_distinct=arrays["is_distinct"][part],
                 points_first=arrays["points_first"][points] if has_points else None,
                 points_second=arrays["points_second"][points] if has_points else None,
                 fundamental=arrays["fundamental"][row],

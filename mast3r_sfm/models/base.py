@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from mast3r_sfm.types import Encoding, LoadedImage, PairPrediction, Preparation
 
 
-class PairModel(Protocol):
-    """A model that describes images; see `KeypointModel` and `DenseModel` for how it matches them."""
+class ImageModel(Protocol):
+    """What describes images, each by itself."""
 
     name: str
     """As `--model` takes it."""
@@ -21,14 +21,19 @@ class PairModel(Protocol):
     images_at_once: int
     """How many images are best handed to `encode` together, with all threads; 1: images are best encoded side by side,
     each on one thread."""
-    retrieval_tokens: int
-    """How many tokens of highest attention describe an image best."""
     preparation: Preparation
     """How the images that `encode` is given must be loaded; enters the cache keys."""
 
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
-        """Encode images, each by itself; the result does not depend on what else is in the batch."""
+        """Encode images; the result does not depend on what else is in the batch."""
         ...
+
+
+class PairModel(ImageModel, Protocol):
+    """A model whose encodings also serve retrieval; see `KeypointModel` and `DenseModel` for how it matches pairs."""
+
+    retrieval_tokens: int
+    """How many tokens of highest attention describe an image best."""
 
 
 @runtime_checkable
