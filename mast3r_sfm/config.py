@@ -101,6 +101,8 @@ class MatchConfig:
     """Inliers of the two-view check below which two photos are never taken to show the same place."""
     chance_share: float = 0.12
     """Inliers that a pair needs beyond `min_inliers`, per putative match: so many agree by chance."""
+    max_decode_disagreement_deg: float = 5.0
+    """A pointmap model decodes a pair twice, once from each image; rotations that differ by more are not believed."""
 
     def __post_init__(self) -> None:
         _require(-1 <= self.min_similarity <= 1, "match.min_similarity", self.min_similarity, "must be in [-1, 1]")
@@ -109,6 +111,12 @@ class MatchConfig:
         )
         _require(self.min_inliers >= 8, "match.min_inliers", self.min_inliers, "must be at least 8")
         _require(0 <= self.chance_share <= 1, "match.chance_share", self.chance_share, "must be in [0, 1]")
+        _require(
+            0 < self.max_decode_disagreement_deg < 180,
+            "match.max_decode_disagreement_deg",
+            self.max_decode_disagreement_deg,
+            "must be in (0, 180)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

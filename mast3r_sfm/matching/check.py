@@ -7,12 +7,13 @@ the same for a phone photo of 48 megapixels and for a thumbnail.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import poselib
 
 from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.matching.overlay import overlay_matches
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Verdict
 
 MAX_ITERATIONS = 3000
@@ -45,8 +46,12 @@ class EpipolarEdge:
     homography_share: float
     """Share of the inliers that one homography explains as well."""
     num_putative: int
+    """Matches that were judged: those on an overlay are dropped before."""
     verdict: Verdict
-    """GOOD, WEAK or TOO_FEW; what kind of link a GOOD one is, is decided when focal lengths are known."""
+    """GOOD, WEAK, TOO_FEW or WATERMARK; what kind of link a GOOD one is, is decided when focal lengths are known."""
+    decode_disagreement_deg: float = 0.0
+    """Of a pointmap model, the angle by which the rotations of its two decodes differ, where the epipolar geometry
+    stands; otherwise, and of a keypoint model, 0."""
 
     @property
     def is_flat(self) -> bool:
@@ -60,15 +65,28 @@ class EpipolarEdge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchedPoints:
+    """What a pointmap model says of K matches of a pair."""
+
+    first: Float64
+    """[K, 3] in the first camera's frame."""
+    second: Float64
+    """[K, 3] in the second camera's frame, in the scale of `first`."""
+    decode_disagreement_deg: float
+    """See `decodes.decode_disagreement_deg`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Putative:
     """Matches of a pair before any check; network pixels."""
 
     xy_first: Float64
     xy_second: Float64
     confidence: Float32
-    points: Callable[[Int64], tuple[Float64, Float64]] | None = None
-    """From a pointmap model, the 3D points of both views, [K, 3] each in its own camera's frame and both in one scale,
-    of the matches with these numbers; made when they are asked for."""
+    points: Callable[[Int64], MatchedPoints] | None = None
+    """From a pointmap model, the points of the K matches with these numbers; made when they are asked for."""
+    frames: tuple[Float64, Float64] | None = None
+    """What each image shows, [2, 2]: its first and its last corner. None: overlays are not looked for."""
 
     def subset(self, index: Int64 | Bool) -> Putative:
         """The matches that `index` (integers or a mask) picks, in its order."""
@@ -79,6 +97,7 @@ class Putative:
             xy_second=self.xy_second[index],
             confidence=self.confidence[index],
             points=None if points is None else lambda chosen: points(numbers[chosen]),
+            frames=self.frames,
         )
 
 
@@ -95,50 +114,62 @@ def min_significant_inliers(num_putative: int, config: MatchConfig) -> float:
 def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
     """Fit a fundamental matrix and a homography to the putative matches of a pair, robustly (LO-RANSAC of poselib).
 
+    Matches on an overlay are dropped first. Where nothing stands without them, the verdict is WATERMARK.
+
     Args:
         pair: indices of the images.
         putative: matches in network pixels.
         config: thresholds.
         seed: of the sampling.
     """
+    overlay = np.zeros(len(putative.xy_first), np.bool_)
+    if putative.frames is not None:
+        overlay = overlay_matches(putative.xy_first, putative.xy_second, putative.frames)
+    edge = _fit(pair, putative.subset(~overlay), config, seed)
+    stands = len(edge.xy_first) >= min_significant_inliers(edge.num_putative, config)
+    return replace(edge, verdict=Verdict.WATERMARK) if overlay.any() and not stands else edge
+
+
+def _fit(pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
     count = len(putative.xy_first)
     inliers = np.zeros(count, bool)
     fundamental, homography, homography_share = np.zeros((3, 3)), np.zeros((3, 3)), 0.0
     # The best matches first: progressive sampling draws from them first.
     ordered = putative.subset(np.argsort(-putative.confidence, kind="stable"))
+    options = {
+        "progressive_sampling": True,
+        "max_iterations": MAX_ITERATIONS,
+        "min_iterations": MIN_ITERATIONS,
+        "seed": seed,
+    }
     if count >= MIN_SAMPLE:
-        options = {
-            "progressive_sampling": True,
-            "max_iterations": MAX_ITERATIONS,
-            "min_iterations": MIN_ITERATIONS,
-            "seed": seed,
-        }
         fundamental, info = poselib.estimate_fundamental(
             ordered.xy_first, ordered.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **options}
         )
         inliers = np.asarray(info["inliers"], bool)
-    enough = int(inliers.sum()) >= min_significant_inliers(count, config)
     kept = ordered.subset(inliers)
-    if enough:
+    verdict = Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW
+    points = None
+    if len(kept.xy_first) >= min_significant_inliers(count, config):
         homography, info = poselib.estimate_homography(
             kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **options}
         )
         homography_share = float(info["num_inliers"]) / len(kept.xy_first)
-    points_first, points_second = None, None
-    if enough and kept.points is not None:
-        points_first, points_second = kept.points(np.arange(len(kept.xy_first)))
-    verdict = Verdict.GOOD if enough else Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW
+        points = kept.points(np.arange(len(kept.xy_first))) if kept.points is not None else None
+        agrees = points is None or points.decode_disagreement_deg <= config.max_decode_disagreement_deg
+        verdict = Verdict.GOOD if agrees else Verdict.WEAK
     return EpipolarEdge(
         first=pair[0],
         second=pair[1],
         xy_first=kept.xy_first,
         xy_second=kept.xy_second,
         confidence=kept.confidence,
-        points_first=points_first,
-        points_second=points_second,
+        points_first=points.first if points and verdict.is_link else None,
+        points_second=points.second if points and verdict.is_link else None,
         fundamental=np.asarray(fundamental, np.float64),
         homography=np.asarray(homography, np.float64),
         homography_share=homography_share,
         num_putative=count,
         verdict=verdict,
+        decode_disagreement_deg=points.decode_disagreement_deg if points else 0.0,
     )

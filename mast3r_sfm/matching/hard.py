@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
-from mast3r_sfm.matching.putative import network_xy
+from mast3r_sfm.matching.putative import network_xy, shown
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.types import Bool, Encoding, Int64, Verdict
 
@@ -39,7 +39,10 @@ def match_hard_pair(
     first, second = views
     index, confidence = model.match_hard(first, second)
     putative = Putative(
-        xy_first=network_xy(first)[index[:, 0]], xy_second=network_xy(second)[index[:, 1]], confidence=confidence
+        xy_first=network_xy(first)[index[:, 0]],
+        xy_second=network_xy(second)[index[:, 1]],
+        confidence=confidence,
+        frames=(shown(first), shown(second)),
     )
     return check_pair(pair, putative, config, seed)
 

@@ -22,7 +22,7 @@ from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches, Rig, Verdict, ViewGraph
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PAIRS_PER_CHUNK = 64
 _DENSE_WORKERS = 4
 """While the network decodes some pairs, this many threads less one check what it found before; each keeps a few pairs'
@@ -190,6 +190,7 @@ def _pack(edges: list[EpipolarEdge]) -> Arrays:
         "homography_share": np.array([edge.homography_share for edge in edges]),
         "num_putative": np.array([edge.num_putative for edge in edges], np.int64),
         "verdict": np.array([_VERDICTS.index(edge.verdict) for edge in edges], np.int32),
+        "decode_disagreement_deg": np.array([edge.decode_disagreement_deg for edge in edges]),
     }
 
 
@@ -215,6 +216,7 @@ def _unpack(arrays: Arrays) -> list[EpipolarEdge]:
                 homography_share=float(arrays["homography_share"][row]),
                 num_putative=int(arrays["num_putative"][row]),
                 verdict=_VERDICTS[int(arrays["verdict"][row])],
+                decode_disagreement_deg=float(arrays["decode_disagreement_deg"][row]),
             )
         )
     return edges

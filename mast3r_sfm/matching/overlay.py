@@ -1,0 +1,99 @@
+"""Matches on what was drawn over the photos, or moved with the camera: a logo, a frame, the bonnet of a car.
+
+Such a thing stands at the same pixels of every photo, so that any two photos match on it, whatever else they show.
+What tells it from a scene that hardly moved: the displacement of a scene grows from nothing by and by, so that matches
+that moved a little surround those that did not move at all. Around an overlay, there are none. On pairs of 19 sets of
+real photos, at most 42 % of the matches in a twelfth of the picture that moved by less than FAR_PX moved by less than
+SHARP_PX; on overlays pasted onto photos, 70 % and more.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from mast3r_sfm.types import Bool, Float64
+
+SHARP_PX = 0.75
+STATIC_PX = 1.5
+FAR_PX = 6.0
+"""Displacements, in network pixels, up to which a match counts as exactly in place, as in place, and as nearly so."""
+MIN_SHARP = 8
+"""Matches on an overlay below which there is none: fewer do no harm."""
+SHARP_SHARE = 0.6
+"""Of the matches near a match that moved by less than FAR_PX, the share exactly in place from which it is overlay's."""
+RADIUS = 0.1
+"""What is near: this share of the picture's long side."""
+BORDER = 0.12
+"""What is the border: this share of the picture's short side."""
+FILLED_SHARE = 0.5
+"""Of the cells inside the border that hold matches, the share that is in place from which the whole picture is: two
+photos from one tripod, or the same photo twice."""
+COLUMNS, ROWS = 8, 6
+MIN_CELLS = 16
+"""Where matches are few, the share is of as many cells: a logo in the middle and nothing else is no picture."""
+
+
+def overlay_matches(xy_first: Float64, xy_second: Float64, frames: tuple[Float64, Float64]) -> Bool:
+    """Which matches [M] lie on an overlay; none where what is in place fills the picture.
+
+    Overlays are looked for at the same place relative to one of the four corners or to the middle, so that photos may
+    differ in shape.
+
+    Args:
+        xy_first: [M, 2] network pixels.
+        xy_second: [M, 2].
+        frames: what each image shows, [2, 2]: its first and its last corner in the same pixels.
+    """
+    moved = min((_moved(xy_first, xy_second, shift) for shift in _anchors(*frames)), key=_moved_most)
+    near = moved <= FAR_PX
+    sharp, static = moved <= SHARP_PX, moved <= STATIC_PX
+    overlay: Bool = np.zeros(len(moved), np.bool_)
+    if sharp.sum() < MIN_SHARP:
+        return overlay
+    radius = RADIUS * float(np.ptp(frames[0], axis=0).max())
+    exact = _neighbours(xy_first[sharp], xy_first[static], radius)
+    close = _neighbours(xy_first[near], xy_first[static], radius)
+    overlay[static] = exact >= SHARP_SHARE * close
+    if overlay.sum() < MIN_SHARP or _fills_picture(overlay, xy_first, frames[0]):
+        overlay[:] = False
+    return overlay
+
+
+def _anchors(first: Float64, second: Float64) -> list[Float64]:
+    """Shifts [2] that bring a corner, or the middle, of the first frame to that of the second; each once."""
+    low, high = second - first
+    shifts = [np.array(shift) for shift in product(*np.stack([low, high], axis=1).tolist())] + [(low + high) / 2]
+    return [
+        shift for number, shift in enumerate(shifts) if all(np.ptp([shift, s], axis=0).any() for s in shifts[:number])
+    ]
+
+
+def _moved(xy_first: Float64, xy_second: Float64, shift: Float64) -> Float64:
+    distance: Float64 = np.linalg.norm(xy_second - xy_first - shift, axis=1)
+    return distance
+
+
+def _moved_most(moved: Float64) -> int:
+    """Order of the shifts: most matches exactly in place first."""
+    return -int((moved <= SHARP_PX).sum())
+
+
+def _neighbours(points: Float64, around: Float64, radius: float) -> Float64:
+    """How many points [K, 2] are near each of `around` [M, 2]."""
+    return np.asarray(cKDTree(points).query_ball_point(around, radius, return_length=True), np.float64)
+
+
+def _fills_picture(overlay: Bool, xy: Float64, frame: Float64) -> bool:
+    """Whether most of the picture inside the border, as far as it holds matches, is in place."""
+    size = np.ptp(frame, axis=0)
+    margin = BORDER * float(size.min())
+    cell = np.floor((xy - frame[0] - margin) / (size - 2 * margin) * [COLUMNS, ROWS]).astype(np.int64)
+    inside = ((cell >= 0) & (cell < [COLUMNS, ROWS])).all(axis=1)
+    number = cell[:, 0] * ROWS + cell[:, 1]
+    held = np.bincount(number[inside], minlength=COLUMNS * ROWS)
+    in_place = np.bincount(number[inside & overlay], minlength=COLUMNS * ROWS)
+    filled = int(((held > 0) & (2 * in_place >= held)).sum())
+    return filled >= FILLED_SHARE * max(int((held > 0).sum()), MIN_CELLS)
