@@ -311,6 +311,10 @@ class PairMatches:
         _check(self.points_first, (depth, 3), "PairMatches.points_first")
         _check(self.points_second, (depth, 3), "PairMatches.points_second")
         _check(self.second_from_first, (3, 4), "PairMatches.second_from_first")
+        if not 0 <= self.decode_disagreement_deg <= 180:
+            raise ShapeError(
+                f"PairMatches.decode_disagreement_deg = {self.decode_disagreement_deg}: must be in [0, 180]"
+            )
 
     def __len__(self) -> int:
         return len(self.xy_first)
