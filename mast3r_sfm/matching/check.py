@@ -13,7 +13,8 @@ import numpy as np
 import poselib
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching.overlay import overlay_matches
+from mast3r_sfm.geometry.epipolar import sampson_error
+from mast3r_sfm.matching.overlay import in_border, overlay_matches
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Verdict
 
 MAX_ITERATIONS = 3000
@@ -46,7 +47,7 @@ class EpipolarEdge:
     homography_share: float
     """Share of the inliers that one homography explains as well."""
     num_putative: int
-    """Matches that were judged: those on an overlay are dropped before."""
+    """Matches that were judged: those dropped as an overlay's do not count."""
     verdict: Verdict
     """GOOD, WEAK, TOO_FEW or WATERMARK; what kind of link a GOOD one is, is decided when focal lengths are known."""
     decode_disagreement_deg: float = 0.0
@@ -114,7 +115,9 @@ def min_significant_inliers(num_putative: int, config: MatchConfig) -> float:
 def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
     """Fit a fundamental matrix and a homography to the putative matches of a pair, robustly (LO-RANSAC of poselib).
 
-    Matches on an overlay are dropped first. Where nothing stands without them, the verdict is WATERMARK.
+    What seems to lie on an overlay is put aside first. Where nothing stands without it, the verdict is WATERMARK.
+    Where a geometry stands, matches inside the border come back as far as they agree with it: a far background, too,
+    stands still while a camera moves, and so does what lies straight ahead.
 
     Args:
         pair: indices of the images.
@@ -122,54 +125,70 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
         config: thresholds.
         seed: of the sampling.
     """
-    overlay = np.zeros(len(putative.xy_first), np.bool_)
-    if putative.frames is not None:
-        overlay = overlay_matches(putative.xy_first, putative.xy_second, putative.frames)
-    edge = _fit(pair, putative.subset(~overlay), config, seed)
-    stands = len(edge.xy_first) >= min_significant_inliers(edge.num_putative, config)
-    return replace(edge, verdict=Verdict.WATERMARK) if overlay.any() and not stands else edge
-
-
-def _fit(pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
-    count = len(putative.xy_first)
-    inliers = np.zeros(count, bool)
-    fundamental, homography, homography_share = np.zeros((3, 3)), np.zeros((3, 3)), 0.0
     # The best matches first: progressive sampling draws from them first.
-    ordered = putative.subset(np.argsort(-putative.confidence, kind="stable"))
-    options = {
-        "progressive_sampling": True,
-        "max_iterations": MAX_ITERATIONS,
-        "min_iterations": MIN_ITERATIONS,
-        "seed": seed,
-    }
-    if count >= MIN_SAMPLE:
-        fundamental, info = poselib.estimate_fundamental(
-            ordered.xy_first, ordered.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **options}
-        )
-        inliers = np.asarray(info["inliers"], bool)
-    kept = ordered.subset(inliers)
-    verdict = Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW
-    points = None
-    if len(kept.xy_first) >= min_significant_inliers(count, config):
-        homography, info = poselib.estimate_homography(
-            kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **options}
-        )
-        homography_share = float(info["num_inliers"]) / len(kept.xy_first)
-        points = kept.points(np.arange(len(kept.xy_first))) if kept.points is not None else None
-        agrees = points is None or points.decode_disagreement_deg <= config.max_decode_disagreement_deg
-        verdict = Verdict.GOOD if agrees else Verdict.WEAK
-    return EpipolarEdge(
+    judged = putative.subset(np.argsort(-putative.confidence, kind="stable"))
+    overlay = np.zeros(len(judged.xy_first), np.bool_)
+    if judged.frames is not None:
+        overlay = overlay_matches(judged.xy_first, judged.xy_second, judged.frames)
+    everything, judged = judged, judged.subset(~overlay)
+    fundamental, kept = _fit_fundamental(judged, config, seed)
+    stands = len(kept.xy_first) >= min_significant_inliers(len(judged.xy_first), config)
+    if stands and overlay.any() and judged.frames is not None:
+        error = sampson_error(fundamental, everything.xy_first, everything.xy_second)
+        inside = ~in_border(everything.xy_first, judged.frames[0])
+        judged = everything.subset(~overlay | (inside & (error < config.max_epipolar_error_px)))
+        fundamental, kept = _fit_fundamental(judged, config, seed)
+        stands = len(kept.xy_first) >= min_significant_inliers(len(judged.xy_first), config)
+    count = len(judged.xy_first)
+    edge = EpipolarEdge(
         first=pair[0],
         second=pair[1],
         xy_first=kept.xy_first,
         xy_second=kept.xy_second,
         confidence=kept.confidence,
-        points_first=points.first if points and verdict.is_link else None,
-        points_second=points.second if points and verdict.is_link else None,
-        fundamental=np.asarray(fundamental, np.float64),
-        homography=np.asarray(homography, np.float64),
-        homography_share=homography_share,
+        points_first=None,
+        points_second=None,
+        fundamental=fundamental,
+        homography=np.zeros((3, 3)),
+        homography_share=0.0,
         num_putative=count,
-        verdict=verdict,
-        decode_disagreement_deg=points.decode_disagreement_deg if points else 0.0,
+        verdict=Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW,
     )
+    if stands:
+        return _as_link(edge, kept, config, seed)
+    return replace(edge, verdict=Verdict.WATERMARK) if overlay.any() else edge
+
+
+def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[Float64, Putative]:
+    """[3, 3] the fundamental matrix, zero for too few matches, and the matches that agree with it."""
+    if len(judged.xy_first) < MIN_SAMPLE:
+        return np.zeros((3, 3)), judged.subset(np.zeros(len(judged.xy_first), np.bool_))
+    fundamental, info = poselib.estimate_fundamental(
+        judged.xy_first, judged.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(seed)}
+    )
+    return np.asarray(fundamental, np.float64), judged.subset(np.asarray(info["inliers"], np.bool_))
+
+
+def _as_link(edge: EpipolarEdge, kept: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
+    """The edge with its homography and points; WEAK where the decodes that the points come from disagree."""
+    homography, info = poselib.estimate_homography(
+        kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **_ransac(seed)}
+    )
+    share = float(info["num_inliers"]) / len(kept.xy_first)
+    link = replace(edge, verdict=Verdict.GOOD, homography=np.asarray(homography, np.float64), homography_share=share)
+    if kept.points is None:
+        return link
+    points = kept.points(np.arange(len(kept.xy_first)))
+    link = replace(link, decode_disagreement_deg=points.decode_disagreement_deg)
+    if points.decode_disagreement_deg > config.max_decode_disagreement_deg:
+        return replace(link, verdict=Verdict.WEAK)
+    return replace(link, points_first=points.first, points_second=points.second)
+
+
+def _ransac(seed: int) -> dict[str, object]:
+    return {
+        "progressive_sampling": True,
+        "max_iterations": MAX_ITERATIONS,
+        "min_iterations": MIN_ITERATIONS,
+        "seed": seed,
+    }
