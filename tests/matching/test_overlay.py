@@ -257,6 +257,17 @@ def test_a_turn_about_the_optical_axis(turn_deg: float) -> None:
     assert match.verdict is Verdict.PURE_ROTATION
 
 
+@pytest.mark.parametrize("turn_deg", [0.5, 1.0, 2.0])
+def test_a_turn_about_a_corner(turn_deg: float) -> None:
+    """There, in the border, the picture stands still, and moves the more the farther from there."""
+    rng = np.random.default_rng(0)
+    xy, corner = random_pixels(rng, 3000), np.array([40.0, 30.0])
+    turn = rotation_from_axis_angle(np.radians([0.0, 0.0, turn_deg]))[:2, :2]
+    other = (xy - corner) @ turn.T + corner + 0.1 * rng.normal(size=xy.shape)
+    assert (np.linalg.norm(other - xy, axis=1) < 0.75).sum() >= MIN_SHARP
+    assert not overlay_matches(xy, other, FRAMES).any()
+
+
 @pytest.mark.parametrize("zoom", [1.003, 1.01, 1.1])
 def test_a_zoom(zoom: float) -> None:
     rng = np.random.default_rng(0)
