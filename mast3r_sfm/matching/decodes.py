@@ -12,6 +12,8 @@ from mast3r_sfm.matching.check import MatchedPoints
 from mast3r_sfm.types import Float64
 
 MIN_MATCHES = 8
+MAX_FITTED = 1000
+"""Matches, evenly picked, to which similarities are fitted: more make them slower rather than better."""
 CONTRADICTION_DEG = 180.0
 """Where points in one place or on one line fix no rotation, the decodes are taken to contradict each other wholly."""
 
@@ -38,7 +40,9 @@ class DecodedPoints:
         """
         disagreement, scale = 0.0, 1.0
         if len(self.first) >= MIN_MATCHES:
-            by_second, by_first = _fit(self.second, self.second_in_first), _fit(self.first_in_second, self.first)
+            some = slice(None, None, -(-len(self.first) // MAX_FITTED))
+            by_second = _fit(self.second[some], self.second_in_first[some])
+            by_first = _fit(self.first_in_second[some], self.first[some])
             disagreement = CONTRADICTION_DEG
             if by_second is not None and by_first is not None:
                 scale = by_second.scale
