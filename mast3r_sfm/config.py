@@ -103,8 +103,9 @@ class MatchConfig:
     """Inliers that a pair needs beyond `min_inliers`, per putative match: so many agree by chance."""
     max_decode_disagreement_deg: float = 10.0
     """A pointmap model decodes a pair twice, once from each image; a pair whose rotations differ by more is weak.
-    Measured with the oracle: up to 4.3 with 3 % of noise in depth and half a pixel in matches (9.3 where photos of a
-    turning camera overlap little), 17 with 10 %; 10 and more in a room where one of two decodes is of another place."""
+    Measured with the oracle: up to 4.3 with 3 % of noise in depth or 10 % in focal length (9.2 where photos of a
+    turning camera overlap little), up to 17 with 10 % in depth; 10 and more in scenes with depth where one decode is of
+    another place, but less than 5 where these are flat."""
 
     def __post_init__(self) -> None:
         _require(-1 <= self.min_similarity <= 1, "match.min_similarity", self.min_similarity, "must be in [-1, 1]")

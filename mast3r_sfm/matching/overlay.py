@@ -76,10 +76,8 @@ def overlay_matches(xy_first: Float64, xy_second: Float64, frames: tuple[Float64
 def _anchors(first: Float64, second: Float64) -> list[Float64]:
     """Shifts [2] that bring a corner, or the middle, of the first frame to that of the second; each once."""
     low, high = second - first
-    shifts = [np.array(shift) for shift in product(*np.stack([low, high], axis=1).tolist())] + [(low + high) / 2]
-    return [
-        shift for number, shift in enumerate(shifts) if all(np.ptp([shift, s], axis=0).any() for s in shifts[:number])
-    ]
+    corners = list(product(*np.stack([low, high], axis=1).tolist()))
+    return list(np.unique([*corners, ((low + high) / 2).tolist()], axis=0))
 
 
 def _moved(xy_first: Float64, xy_second: Float64, shift: Float64) -> Float64:
