@@ -333,6 +333,9 @@ class _Run:
             "pairs": len(edges),
             "links": sum(match.verdict.is_link for match in matches),
             **{str(verdict): sum(match.verdict is verdict for match in matches) for verdict in Verdict},
+            "contradictory decodes": sum(
+                match.decode_disagreement_deg > config.match.max_decode_disagreement_deg for match in matches
+            ),
             "matches": sum(len(match) for match in matches),
         }
         return matches, rig

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from mast3r_sfm.types import ImageSet, PairMatches, Verdict
 
+_OVERLAY = "what lies over both photos, such as a watermark, a frame or a part of the vehicle"
+
 
 def why_nothing(matches: Sequence[PairMatches]) -> str:
     """Why no model could be begun, and what photos would help."""
@@ -15,6 +17,12 @@ def why_nothing(matches: Sequence[PairMatches]) -> str:
         return (
             f"pure rotation: {images} photos show the same place, but all from one point, so that nothing can be said "
             "of depth; take photos from different positions"
+        )
+    marked = sum(match.verdict is Verdict.WATERMARK for match in matches)
+    if marked:
+        return (
+            f"no two photos were found to show the same place: {marked} pairs match only on {_OVERLAY}; take photos "
+            "with more overlap, and of something with texture"
         )
     return (
         "no two photos were found to show the same place; take photos with more overlap, and of something with texture"
@@ -32,6 +40,9 @@ def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, r
     """
     mine = [match for match in matches if index in (match.first, match.second)]
     links = [match for match in mine if match.verdict.is_link]
+    marked = sum(match.verdict is Verdict.WATERMARK for match in mine)
+    if not links and marked:
+        return f"matches {marked} other photos, but only on {_OVERLAY}"
     if not links:
         return "no other photo was found to show the same place"
     partners = {photos.names[match.second if match.first == index else match.first] for match in links}

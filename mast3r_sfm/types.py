@@ -263,6 +263,8 @@ class Verdict(enum.StrEnum):
     WEAK = "weak"
     """Too small a share of the matches agrees, or the geometry is not trustworthy."""
     TOO_FEW = "too few matches"
+    WATERMARK = "watermark"
+    """What agrees was drawn over both photos, or moved with the camera: a logo, a frame, the bonnet of a car."""
 
     @property
     def is_link(self) -> bool:
@@ -295,6 +297,8 @@ class PairMatches:
     """Share of the putative matches that the check kept."""
     second_from_first: Float64 = field(default_factory=lambda: np.eye(3, 4))
     """[3, 4] relative pose, translation in the scale of the points; identity where the verdict has no pose."""
+    decode_disagreement_deg: float = 0.0
+    """Angle between the rotations that a pointmap model's two decodes of the pair imply; 0 for keypoint models."""
 
     def __post_init__(self) -> None:
         count = len(self.xy_first)
@@ -307,6 +311,10 @@ class PairMatches:
         _check(self.points_first, (depth, 3), "PairMatches.points_first")
         _check(self.points_second, (depth, 3), "PairMatches.points_second")
         _check(self.second_from_first, (3, 4), "PairMatches.second_from_first")
+        if not 0 <= self.decode_disagreement_deg <= 180:
+            raise ShapeError(
+                f"PairMatches.decode_disagreement_deg = {self.decode_disagreement_deg}: must be in [0, 180]"
+            )
 
     def __len__(self) -> int:
         return len(self.xy_first)

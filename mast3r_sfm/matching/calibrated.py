@@ -9,7 +9,7 @@ import poselib
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import rays, rotation_between, sampson_error, triangulate
-from mast3r_sfm.geometry.similarity import align_similarity_robust
+from mast3r_sfm.geometry.similarity import align_similarity_robust, spanned_dimensions
 from mast3r_sfm.matching.check import EpipolarEdge, min_significant_inliers
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, PairMatches, Verdict
 
@@ -84,6 +84,9 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
     if edge.points_first is not None and edge.points_second is not None:
         # A pointmap model brings its own depth, better than two rays at a small angle.
         points, points_second = edge.points_first, edge.points_second
+        if min(spanned_dimensions(points[keep]), spanned_dimensions(points_second[keep])) < 2:
+            # One place or one line: they fix no pose.
+            return _without_depth(edge, Verdict.WEAK, np.zeros(0, np.int64), first, second)
         fit, _ = align_similarity_robust(points[keep], points_second[keep], seed=seed)
         pose = np.concatenate([fit.rotation, fit.translation[:, None] / fit.scale], axis=1)
     return PairMatches(
@@ -97,6 +100,7 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
         verdict=Verdict.PLANAR if edge.is_flat else Verdict.GOOD,
         inlier_ratio=edge.inlier_ratio,
         second_from_first=pose,
+        decode_disagreement_deg=edge.decode_disagreement_deg,
     )
 
 
@@ -146,4 +150,5 @@ def _without_depth(edge: EpipolarEdge, verdict: Verdict, keep: Int64, first: Vie
         points_second=none,
         verdict=verdict,
         inlier_ratio=edge.inlier_ratio,
+        decode_disagreement_deg=edge.decode_disagreement_deg,
     )

@@ -7,13 +7,14 @@ the same for a phone photo of 48 megapixels and for a thumbnail.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import poselib
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import sampson_error
+from mast3r_sfm.matching.overlay import in_border, overlay_matches
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Verdict
 
 MAX_ITERATIONS = 3000
@@ -48,9 +49,12 @@ class EpipolarEdge:
     homography_share: float
     """Share of the inliers that one homography explains as well."""
     num_putative: int
-    """Distinct matches before the check."""
+    """Distinct matches that were judged: those dropped as an overlay's do not count."""
     verdict: Verdict
-    """GOOD, WEAK or TOO_FEW; what kind of link a GOOD one is, is decided when focal lengths are known."""
+    """GOOD, WEAK, TOO_FEW or WATERMARK; what kind of link a GOOD one is, is decided when focal lengths are known."""
+    decode_disagreement_deg: float = 0.0
+    """Of a pointmap model, the angle by which the rotations of its two decodes differ, where the epipolar geometry
+    stands; otherwise, and of a keypoint model, 0."""
 
     @property
     def is_flat(self) -> bool:
@@ -69,6 +73,18 @@ class EpipolarEdge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchedPoints:
+    """What a pointmap model says of K matches of a pair."""
+
+    first: Float64
+    """[K, 3] in the first camera's frame."""
+    second: Float64
+    """[K, 3] in the second camera's frame, in the scale of `first`."""
+    decode_disagreement_deg: float
+    """See `decodes.decode_disagreement_deg`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Putative:
     """Matches of a pair before any check; network pixels."""
 
@@ -78,9 +94,10 @@ class Putative:
     is_distinct: Bool
     """[M]: nothing else in the other image looks nearly as much alike. These decide whether the photos show the same
     place, and from where; the others are then believed where they agree."""
-    points: Callable[[Int64], tuple[Float64, Float64]] | None = None
-    """From a pointmap model, the 3D points of both views, [K, 3] each in its own camera's frame and both in one scale,
-    of the matches with these numbers; made when they are asked for."""
+    points: Callable[[Int64], MatchedPoints] | None = None
+    """From a pointmap model, the points of the K matches with these numbers; made when they are asked for."""
+    frames: tuple[Float64, Float64] | None = None
+    """What each image shows, [2, 2]: its first and its last corner. None: overlays are not looked for."""
 
     def subset(self, index: Int64 | Bool) -> Putative:
         """The matches that `index` (integers or a mask) picks, in its order."""
@@ -92,6 +109,7 @@ class Putative:
             confidence=self.confidence[index],
             is_distinct=self.is_distinct[index],
             points=None if points is None else lambda chosen: points(numbers[chosen]),
+            frames=self.frames,
         )
 
 
@@ -108,6 +126,10 @@ def min_significant_inliers(num_putative: int, config: MatchConfig) -> float:
 def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
     """Fit a fundamental matrix and a homography to the putative matches of a pair, robustly (LO-RANSAC of poselib).
 
+    What seems to lie on an overlay is put aside first. Where nothing stands without it, the verdict is WATERMARK.
+    Where a geometry stands, matches inside the border come back as far as they agree with it: a far background, too,
+    stands still while a camera moves, and so does what lies straight ahead.
+
     Args:
         pair: indices of the images.
         putative: matches in network pixels.
@@ -115,45 +137,76 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
         seed: of the sampling.
     """
     # The best matches first: progressive sampling draws from them first.
-    ordered = putative.subset(np.argsort(-putative.confidence, kind="stable"))
-    distinct = ordered.subset(ordered.is_distinct)
-    count = len(distinct.xy_first)
-    error = np.full(len(ordered.xy_first), np.inf)
-    fundamental, homography, homography_share = np.zeros((3, 3)), np.zeros((3, 3)), 0.0
-    if count >= MIN_SAMPLE:
-        options = {
-            "progressive_sampling": True,
-            "max_iterations": MAX_ITERATIONS,
-            "min_iterations": MIN_ITERATIONS,
-            "seed": seed,
-        }
-        fundamental, _ = poselib.estimate_fundamental(
-            distinct.xy_first, distinct.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **options}
-        )
-        error = sampson_error(fundamental, ordered.xy_first, ordered.xy_second)
-    kept = ordered.subset(error < config.max_epipolar_error_px)
-    enough = int(kept.is_distinct.sum()) >= min_significant_inliers(count, config)
-    if enough:
-        homography, info = poselib.estimate_homography(
-            kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **options}
-        )
-        homography_share = float(info["num_inliers"]) / len(kept.xy_first)
-    points_first, points_second = None, None
-    if enough and kept.points is not None:
-        points_first, points_second = kept.points(np.arange(len(kept.xy_first)))
-    verdict = Verdict.GOOD if enough else Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW
-    return EpipolarEdge(
+    judged = putative.subset(np.argsort(-putative.confidence, kind="stable"))
+    overlay = np.zeros(len(judged.xy_first), np.bool_)
+    if judged.frames is not None:
+        overlay = overlay_matches(judged.xy_first, judged.xy_second, judged.frames)
+    everything, judged = judged, judged.subset(~overlay)
+    fundamental, kept = _fit_fundamental(judged, config, seed)
+    stands = _stands(judged, kept, config)
+    if stands and overlay.any() and judged.frames is not None:
+        error = sampson_error(fundamental, everything.xy_first, everything.xy_second)
+        inside = ~in_border(everything.xy_first, judged.frames[0])
+        judged = everything.subset(~overlay | (inside & (error < config.max_epipolar_error_px)))
+        fundamental, kept = _fit_fundamental(judged, config, seed)
+        stands = _stands(judged, kept, config)
+    count = int(judged.is_distinct.sum())
+    edge = EpipolarEdge(
         first=pair[0],
         second=pair[1],
         xy_first=kept.xy_first,
         xy_second=kept.xy_second,
         confidence=kept.confidence,
         is_distinct=kept.is_distinct,
-        points_first=points_first,
-        points_second=points_second,
-        fundamental=np.asarray(fundamental, np.float64),
-        homography=np.asarray(homography, np.float64),
-        homography_share=homography_share,
+        points_first=None,
+        points_second=None,
+        fundamental=fundamental,
+        homography=np.zeros((3, 3)),
+        homography_share=0.0,
         num_putative=count,
-        verdict=verdict,
+        verdict=Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW,
     )
+    if stands:
+        return _as_link(edge, kept, config, seed)
+    return replace(edge, verdict=Verdict.WATERMARK) if overlay.any() else edge
+
+
+def _stands(judged: Putative, kept: Putative, config: MatchConfig) -> bool:
+    return int(kept.is_distinct.sum()) >= min_significant_inliers(int(judged.is_distinct.sum()), config)
+
+
+def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[Float64, Putative]:
+    """[3, 3] the fundamental matrix of the distinct matches, zero for too few, and all matches that agree with it."""
+    distinct = judged.subset(judged.is_distinct)
+    if len(distinct.xy_first) < MIN_SAMPLE:
+        return np.zeros((3, 3)), judged.subset(np.zeros(len(judged.xy_first), np.bool_))
+    fundamental, _ = poselib.estimate_fundamental(
+        distinct.xy_first, distinct.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(seed)}
+    )
+    error = sampson_error(fundamental, judged.xy_first, judged.xy_second)
+    return np.asarray(fundamental, np.float64), judged.subset(error < config.max_epipolar_error_px)
+
+
+def _as_link(edge: EpipolarEdge, kept: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
+    """The edge with its homography and points; WEAK where the decodes that the points come from disagree."""
+    homography, info = poselib.estimate_homography(
+        kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **_ransac(seed)}
+    )
+    share = float(info["num_inliers"]) / len(kept.xy_first)
+    link = replace(edge, verdict=Verdict.GOOD, homography=np.asarray(homography, np.float64), homography_share=share)
+    if kept.points is None:
+        return link
+    points = kept.points(np.arange(len(kept.xy_first)))
+    link = replace(link, decode_disagreement_deg=points.decode_disagreement_deg)
+    if points.decode_disagreement_deg > config.max_decode_disagreement_deg:
+        return replace(link, verdict=Verdict.WEAK)
+    return replace(link, points_first=points.first, points_second=points.second)
+
+
+def _ransac(seed: int) -> dict[str, object]:
+    return {
+        "progressive_sampling": True,
+        "max_iterations": MAX_ITERATIONS,
+        "min_iterations": MIN_ITERATIONS,
+        "seed": seed,
+    }

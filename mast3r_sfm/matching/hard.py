@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
-from mast3r_sfm.matching.putative import network_xy
+from mast3r_sfm.matching.putative import network_xy, shown
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.types import Bool, Encoding, Int64, Verdict
 
@@ -43,6 +43,7 @@ def match_hard_pair(
         xy_second=network_xy(second, second.transform.scale)[index[:, 1]],
         confidence=confidence,
         is_distinct=np.ones(len(index), bool),
+        frames=(shown(first), shown(second)),
     )
     return check_pair(pair, putative, config, seed)
 

@@ -9,15 +9,14 @@ from itertools import count
 import numpy as np
 import torch
 
-from mast3r_sfm.geometry.similarity import align_similarity_robust
-from mast3r_sfm.matching.check import Putative
+from mast3r_sfm.matching.check import MatchedPoints, Putative
+from mast3r_sfm.matching.decodes import DecodedPoints
 from mast3r_sfm.matching.nearest import mutual_nearest
 from mast3r_sfm.matching.reciprocal import match_predictions
 from mast3r_sfm.types import Encoding, Float64, Int64, PairPrediction
 
 MAX_SEEDS = 4096
 """Pixels of an image from which matches are sought, at most."""
-MIN_MATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +31,24 @@ class KeypointSource:
 
 
 def match_keypoints(
-    views: tuple[Encoding, Encoding], source: KeypointSource, scales: tuple[float, float]
+    views: tuple[Encoding, Encoding], source: KeypointSource, pixels: tuple[Encoding, Encoding]
 ) -> Putative:
     """Mutual nearest neighbours among the keypoints of two images.
 
     Args:
         views: the keypoints of both images.
         source: where they come from.
-        scales: photo pixels per network pixel of both images.
+        pixels: the model's encodings of both images, in whose network pixels the matches are given.
     """
     first, second = views
     found = mutual_nearest(_descriptors(first), _descriptors(second), source.min_similarity)
     return Putative(
-        xy_first=network_xy(first, scales[0])[found.pairs[:, 0]],
-        xy_second=network_xy(second, scales[1])[found.pairs[:, 1]],
+        xy_first=network_xy(first, pixels[0].transform.scale)[found.pairs[:, 0]],
+        xy_second=network_xy(second, pixels[1].transform.scale)[found.pairs[:, 1]],
         # In the same measure for all kinds of keypoints: 1 for a match without rival, 0 where it ceases to be distinct.
         confidence=1 - found.ratio / np.float32(source.max_ratio),
         is_distinct=found.ratio < source.max_ratio,
+        frames=(shown(pixels[0]), shown(pixels[1])),
     )
 
 
@@ -59,6 +59,7 @@ def join_putative(parts: Sequence[Putative]) -> Putative:
         xy_second=np.concatenate([part.xy_second for part in parts]),
         confidence=np.concatenate([part.confidence for part in parts]),
         is_distinct=np.concatenate([part.is_distinct for part in parts]),
+        frames=parts[0].frames,
     )
 
 
@@ -74,6 +75,13 @@ def network_xy(encoding: Encoding, scale: float) -> Float64:
     return encoding.xy.astype(np.float64) / scale
 
 
+def shown(encoding: Encoding) -> Float64:
+    """[2, 2] the first and the last corner of what the network saw, in the pixels of `network_xy`."""
+    corners = encoding.transform.to_photo(np.array([[0, 0], encoding.network_size], np.float64))
+    frame: Float64 = np.sort(corners, axis=0) / encoding.transform.scale
+    return frame
+
+
 def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding) -> Putative:
     """Reciprocal matches from grids of pixels in both images, on both decodes of a pair, with their 3D points.
 
@@ -84,20 +92,18 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
     """
     forward, backward = orders
     # The descriptors are let go of once they are matched; the points need much less.
-    first_points, shared_points, second_points = (
-        view.points_at for view in (forward.first, forward.second, backward.first)
-    )
+    views = [view.points_at for view in (forward.first, forward.second, backward.first, backward.second)]
     device = forward.first.descriptors.device
     step = max(_grid_step(view.descriptors) for view in (forward.first, forward.second))
     matches = match_predictions(forward, backward, step)
     index_first, index_second = matches.pairs.first.to(device), matches.pairs.second.to(device)
 
-    def points(numbers: Int64) -> tuple[Float64, Float64]:
+    def points(numbers: Int64) -> MatchedPoints:
         chosen = torch.from_numpy(numbers).to(device)
-        own, shared = (_as_array(at(index_second[chosen])[0]) for at in (second_points, shared_points))
-        # Each order has a scale of its own: the second view's points in its own frame take the first order's.
-        scale = align_similarity_robust(own, shared)[0].scale if len(numbers) >= MIN_MATCHES else 1.0
-        return _as_array(first_points(index_first[chosen])[0]), own * scale
+        pixels = index_first[chosen], index_second[chosen]
+        return DecodedPoints(
+            *(_as_array(at(index)[0]) for at, index in zip(views, (*pixels, *reversed(pixels)), strict=True))
+        ).matched()
 
     return Putative(
         xy_first=_grid_xy(matches.pairs.first.cpu().numpy(), first),
@@ -105,6 +111,7 @@ def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, 
         confidence=matches.confidence.cpu().numpy(),
         is_distinct=np.ones(len(matches.confidence), bool),
         points=points,
+        frames=(shown(first), shown(second)),
     )
 
 

@@ -93,8 +93,8 @@ class Matcher:
         if not isinstance(self.model, DenseModel):
             for first, second in pairs:
                 views = [(source.encodings[first], source.encodings[second]) for source in self.keypoints]
-                scales = self.encodings[first].transform.scale, self.encodings[second].transform.scale
-                yield partial(self._check_keypoints, (first, second), views, scales)
+                pixels = self.encodings[first], self.encodings[second]
+                yield partial(self._check_keypoints, (first, second), views, pixels)
             return
         sizes: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
         for pair in pairs:
@@ -107,10 +107,10 @@ class Matcher:
                 )
 
     def _check_keypoints(
-        self, pair: tuple[int, int], views: Sequence[tuple[Encoding, Encoding]], scales: tuple[float, float]
+        self, pair: tuple[int, int], views: Sequence[tuple[Encoding, Encoding]], pixels: tuple[Encoding, Encoding]
     ) -> list[EpipolarEdge]:
         putative = [
-            match_keypoints(both, source, scales) for both, source in zip(views, self.keypoints, strict=True)
+            match_keypoints(both, source, pixels) for both, source in zip(views, self.keypoints, strict=True)
         ]
         return [check_pair(pair, join_putative(putative), self.config, self.seed)]
 
@@ -201,6 +201,7 @@ def _pack(edges: list[EpipolarEdge]) -> Arrays:
         "homography_share": np.array([edge.homography_share for edge in edges]),
         "num_putative": np.array([edge.num_putative for edge in edges], np.int64),
         "verdict": np.array([_VERDICTS.index(edge.verdict) for edge in edges], np.int32),
+        "decode_disagreement_deg": np.array([edge.decode_disagreement_deg for edge in edges]),
     }
 
 
@@ -227,6 +228,7 @@ def _unpack(arrays: Arrays) -> list[EpipolarEdge]:
                 homography_share=float(arrays["homography_share"][row]),
                 num_putative=int(arrays["num_putative"][row]),
                 verdict=_VERDICTS[int(arrays["verdict"][row])],
+                decode_disagreement_deg=float(arrays["decode_disagreement_deg"][row]),
             )
         )
     return edges

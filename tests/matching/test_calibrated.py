@@ -12,8 +12,8 @@ from mast3r_sfm.evaluation.pairs import direction_angle
 from mast3r_sfm.geometry.rigid import angle_between_rotations, make_pose, transform_points
 from mast3r_sfm.geometry.similarity import align_similarity
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
-from mast3r_sfm.matching.check import EpipolarEdge, check_pair
-from mast3r_sfm.types import Float64, PairMatches, Verdict
+from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, check_pair
+from mast3r_sfm.types import Float64, Int64, PairMatches, Verdict
 from tests.exact import CENTRE_PX, Scene, random_pixels, ring, street, turning, wall
 
 CONFIG = MatchConfig()
@@ -138,13 +138,35 @@ def test_points_of_a_pointmap_model_are_kept() -> None:
     points_first = 7.0 * rng.uniform([-1, -1, 3], [1, 1, 6], (len(is_true), 3))
     truth = scene.second_from_first(0, 1)
     points_second = transform_points(make_pose(truth[:, :3], 7.0 * truth[:, 3]), points_first)
-    given = replace(putative, points=lambda chosen: (points_first[chosen], points_second[chosen]))
+    given = replace(
+        putative,
+        points=lambda chosen: MatchedPoints(
+            first=points_first[chosen], second=points_second[chosen], decode_disagreement_deg=1.5
+        ),
+    )
     match = calibrate_pair(check_pair((0, 1), given, CONFIG, 0), view(), view(), CONFIG, 0)
     rows = {tuple(row) for row in np.concatenate([points_first, points_second], axis=1).tolist()}
     assert {tuple(row) for row in np.concatenate([match.points_first, match.points_second], axis=1).tolist()} <= rows
     assert len(match) >= 0.95 * is_true.sum()
     np.testing.assert_allclose(match.second_from_first[:, :3], truth[:, :3], atol=1e-9)
     np.testing.assert_allclose(match.second_from_first[:, 3], 7.0 * truth[:, 3], atol=1e-8)
+    assert match.decode_disagreement_deg == 1.5
+
+
+@pytest.mark.parametrize("along", [np.zeros(3), np.array([1.0, 2.0, 3.0])])
+def test_points_in_one_place_or_on_one_line_fix_no_pose(along: Float64) -> None:
+    """Whatever the check thought of more of them."""
+    putative, _ = ring(2, turn_deg=40).putative(0, 1, outliers=0.3)
+    points = np.array([0.1, 0.2, 4.0]) + np.linspace(0, 1, len(putative.xy_first))[:, None] * along
+
+    def given(chosen: Int64) -> MatchedPoints:
+        return MatchedPoints(first=points[chosen], second=points[chosen], decode_disagreement_deg=0.0)
+
+    edge = check_pair((0, 1), replace(putative, points=given), CONFIG, 0)
+    match = calibrate_pair(edge, view(), view(), CONFIG, 0)
+    assert edge.verdict is Verdict.GOOD
+    assert match.verdict is Verdict.WEAK
+    assert len(match) == 0
 
 
 def test_what_is_no_link_stays_none() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import homogeneous, sampson_error
-from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair, min_significant_inliers
+from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, Putative, check_pair, min_significant_inliers
 from mast3r_sfm.types import Float64, Int64, Verdict
 from tests.exact import Scene, random_pixels, ring, street, turning, wall
 
@@ -28,6 +28,10 @@ def noise(seed: int, count: int) -> Putative:
         xy_second=random_pixels(rng, count),
         confidence=rng.random(count).astype(np.float32),
     )
+
+
+def matched(points: Float64, disagreement_deg: float = 0.0) -> MatchedPoints:
+    return MatchedPoints(first=points, second=-points, decode_disagreement_deg=disagreement_deg)
 
 
 def row_set(xy: np.ndarray) -> set[tuple[float, ...]]:
@@ -61,7 +65,7 @@ def test_the_matrices_fit_the_inliers() -> None:
 def test_matches_come_best_first_with_their_points() -> None:
     putative, _ = ring(2, turn_deg=40).putative(0, 1, outliers=0.2)
     numbers = np.repeat(np.arange(len(putative.xy_first), dtype=np.float64)[:, None], 3, axis=1)
-    tagged = replace(putative, points=lambda chosen: (numbers[chosen], -numbers[chosen]))
+    tagged = replace(putative, points=lambda chosen: matched(numbers[chosen]))
     edge = check_pair((0, 1), tagged, CONFIG, 0)
     assert (np.diff(edge.confidence) <= 0).all()
     assert edge.points_first is not None
@@ -77,9 +81,9 @@ def test_points_are_made_for_links_only() -> None:
     """A pointmap model pays for each point."""
     asked: list[int] = []
 
-    def points(chosen: Int64) -> tuple[Float64, Float64]:
+    def points(chosen: Int64) -> MatchedPoints:
         asked.append(len(chosen))
-        return np.ones((len(chosen), 3)), np.ones((len(chosen), 3))
+        return matched(np.ones((len(chosen), 3)))
 
     edge = check_pair((0, 1), replace(noise(0, 400), points=points), CONFIG, 0)
     assert edge.verdict is Verdict.WEAK
@@ -150,3 +154,16 @@ def test_a_long_step_forward_is_not_flat() -> None:
     edge = check_pair((0, 5), putative, CONFIG, 0)
     assert edge.verdict is Verdict.GOOD
     assert not edge.is_flat
+
+
+def test_decodes_that_contradict_each_other_are_weak() -> None:
+    putative, _ = ring(2, turn_deg=40).putative(0, 1, outliers=0.3)
+    bound = CONFIG.max_decode_disagreement_deg
+    for angle, verdict in ((0.0, Verdict.GOOD), (bound, Verdict.GOOD), (bound + 0.01, Verdict.WEAK)):
+        ones = np.ones((len(putative.xy_first), 3))
+        given = replace(putative, points=lambda chosen, angle=angle, ones=ones: matched(ones[chosen], angle))
+        edge = check_pair((0, 1), given, CONFIG, 0)
+        assert edge.verdict is verdict
+        assert edge.decode_disagreement_deg == angle
+        assert (edge.points_first is not None) == (edge.points_second is not None) == (verdict is Verdict.GOOD)
+    assert check_pair((0, 1), putative, CONFIG, 0).decode_disagreement_deg == 0

@@ -12,11 +12,11 @@ from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.rigid import transform_points
 from mast3r_sfm.geometry.similarity import align_similarity
 from mast3r_sfm.matching.check import Putative
-from mast3r_sfm.matching.putative import match_dense, match_keypoints
+from mast3r_sfm.matching.putative import match_dense, match_keypoints, shown
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View, make_views
 from mast3r_sfm.types import Encoding, Float64, PixelTransform
-from tests.exact import HEIGHT_PX, Describer, ring
+from tests.exact import HEIGHT_PX, WIDTH_PX, Describer, ring
 from tests.scenes import load, second_from_first
 
 
@@ -118,7 +118,8 @@ def test_dense_matches_are_unique_and_confident(dense: tuple[View, View, Putativ
 def test_dense_matches_bring_points_of_one_scale(dense: tuple[View, View, Putative]) -> None:
     first, second, putative = dense
     assert putative.points is not None
-    points_first, points_second = putative.points(np.arange(len(putative.xy_first)))
+    points = putative.points(np.arange(len(putative.xy_first)))
+    points_first, points_second = points.first, points.second
     truth = transform_points(first.cam_from_world, world(first, putative.xy_first))
     similarity = align_similarity(points_first, truth)
     assert abs(np.log(similarity.scale)) > 0.05  # the pair's own scale
@@ -143,10 +144,10 @@ def test_points_are_those_of_the_matches_asked_for(dense: tuple[View, View, Puta
     expected = order[mask][numbers]
     np.testing.assert_array_equal(picked.xy_first[numbers], putative.xy_first[expected])
     assert picked.points is not None
-    for found, points in zip(picked.points(numbers), whole, strict=True):
-        # The scale of the second view is fitted to the matches that are asked for.
-        np.testing.assert_allclose(found, points[expected], rtol=5e-3, atol=1e-3)
-    np.testing.assert_allclose(picked.points(numbers)[0], whole[0][expected], rtol=1e-6)
+    found = picked.points(numbers)
+    np.testing.assert_allclose(found.first, whole.first[expected], rtol=1e-6)
+    # The scale of the second view is fitted to the matches that are asked for.
+    np.testing.assert_allclose(found.second, whole.second[expected], rtol=5e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -154,9 +155,10 @@ def test_points_of_too_few_matches_keep_their_scale(dense: tuple[View, View, Put
     """No scale can be fitted to them, and no geometry will be believed on them."""
     putative = dense[2]
     assert putative.points is not None
-    first, second = putative.points(np.arange(count))
-    assert first.shape == second.shape == (count, 3)
-    assert np.isfinite(second).all()
+    points = putative.points(np.arange(count))
+    assert points.first.shape == points.second.shape == (count, 3)
+    assert np.isfinite(points.second).all()
+    assert points.decode_disagreement_deg == 0
 
 
 def test_a_larger_photo_changes_no_dense_match() -> None:
@@ -167,3 +169,20 @@ def test_a_larger_photo_changes_no_dense_match() -> None:
     np.testing.assert_allclose(scaled.xy_first, plain.xy_first)
     np.testing.assert_allclose(scaled.xy_second, plain.xy_second)
     assert 70 < plain.xy_first[:, 0].max() < 80
+
+
+def test_frames_are_what_the_network_saw() -> None:
+    """In the pixels of the stored photo, at the network's scale."""
+    scene = ring(1)
+    encoding = Describer(scene, photo_scale=4.0).encodings()[0]
+    np.testing.assert_allclose(shown(encoding), [[0, 0], [WIDTH_PX, HEIGHT_PX]])
+    # A photo that lies on its side, and of which a crop was seen.
+    matrix = np.array([[0.0, 4.0, 40.0], [-4.0, 0.0, 4.0 * WIDTH_PX + 20.0]])
+    lying = replace(encoding, transform=PixelTransform(matrix=matrix))
+    np.testing.assert_allclose(shown(lying), [[10, 5], [HEIGHT_PX + 10, WIDTH_PX + 5]])
+    putative = match_keypoints(encoding, encoding, MatchConfig())
+    assert putative.frames is not None
+    np.testing.assert_array_equal(putative.frames[1], shown(encoding))
+    subset = putative.subset(np.arange(3)).frames
+    assert subset is not None
+    np.testing.assert_array_equal(subset[0], shown(encoding))

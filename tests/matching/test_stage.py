@@ -11,7 +11,7 @@ import pytest
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching import stage
-from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, check_pair
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Encoding, ImageRecord, PairMatches, Verdict
@@ -102,13 +102,21 @@ def test_threads_change_nothing(scene: Scene, tmp_path: Path, threads: int) -> N
 def test_packing_and_unpacking_is_the_identity(scene: Scene) -> None:
     config = MatchConfig()
     mixed = []
-    for number, (count, with_points) in enumerate([(200, True), (0, False), (5, True), (150, False), (15, True)]):
+    for number, (count, with_points) in enumerate([(0, False), (200, True), (5, True), (150, False), (200, True)]):
         putative, _ = scene.putative(0, 1, seed=number)
         if with_points:
             points = np.random.default_rng(number).normal(size=(len(putative.xy_first), 3))
-            putative = replace(putative, points=lambda chosen, points=points: (points[chosen], -points[chosen]))
+            angle = 0.5 * number
+            putative = replace(
+                putative,
+                points=lambda chosen, points=points, angle=angle: MatchedPoints(
+                    first=points[chosen], second=-points[chosen], decode_disagreement_deg=angle
+                ),
+            )
         mixed.append(check_pair((number, number + 1), putative.subset(np.arange(count)), config, 0))
-    assert {edge.verdict for edge in mixed} == {Verdict.GOOD, Verdict.TOO_FEW}
+    mixed.append(replace(mixed[0], first=7, second=9, verdict=Verdict.WATERMARK))
+    assert {edge.verdict for edge in mixed} == {Verdict.GOOD, Verdict.TOO_FEW, Verdict.WATERMARK}
+    assert {edge.decode_disagreement_deg for edge in mixed} == {0.0, 0.5, 2.0}
     back = stage._unpack(stage._pack(mixed))
     for edge, found in zip(mixed, back, strict=True):
         assert (edge.points_first is None) == (found.points_first is None)

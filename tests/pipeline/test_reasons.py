@@ -37,6 +37,11 @@ def photos(number: int) -> ImageSet:
     [
         ([], "no other photo was found"),
         ([pair(0, 3, Verdict.WEAK, 0), pair(1, 3, Verdict.TOO_FEW, 0)], "no other photo was found"),
+        (
+            [pair(0, 3, Verdict.WATERMARK, 0), pair(2, 3, Verdict.WATERMARK, 0), pair(1, 3, Verdict.WEAK, 0)],
+            "matches 2 other photos, but only on .* watermark",
+        ),
+        ([pair(0, 3, Verdict.WATERMARK, 0), pair(3, 4, Verdict.GOOD)], r"matches only 4\.jpg, too little"),
         ([pair(3, 4, Verdict.GOOD)], r"matches only 4\.jpg, too little"),
         ([pair(0, 3, Verdict.PURE_ROTATION), pair(1, 3, Verdict.WEAK, 0)], r"same point as 0\.jpg"),
         (
@@ -59,3 +64,8 @@ def test_why_there_is_nothing() -> None:
     assert "no two photos" in apart
     assert "overlap" in apart
     assert "no two photos" in why_nothing([])
+    assert "watermark" not in apart
+    marked = why_nothing([pair(0, 1, Verdict.WEAK, 0), pair(1, 2, Verdict.WATERMARK, 0)])
+    assert "no two photos" in marked
+    assert "1 pairs match only on" in marked
+    assert "watermark" in marked

@@ -243,6 +243,7 @@ def test_stored_reasons_do_not_change() -> None:
         (Verdict.PURE_ROTATION, True, False),
         (Verdict.WEAK, False, False),
         (Verdict.TOO_FEW, False, False),
+        (Verdict.WATERMARK, False, False),
     ],
 )
 def test_what_a_verdict_means(verdict: Verdict, is_link: bool, has_depth: bool) -> None:
@@ -265,6 +266,8 @@ def test_points_without_depth_are_refused() -> None:
         ({"confidence": np.ones((5, 1), np.float32)}, "confidence"),
         ({"points_second": np.full((5, 3), np.nan)}, "points_second holds NaN"),
         ({"second_from_first": np.eye(4)}, "second_from_first"),
+        ({"decode_disagreement_deg": float("nan")}, r"decode_disagreement_deg = nan: must be in \[0, 180\]"),
+        ({"decode_disagreement_deg": 181.0}, "decode_disagreement_deg"),
     ],
 )
 def test_wrong_matches(values: dict[str, Any], message: str) -> None:
