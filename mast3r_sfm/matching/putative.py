@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 import numpy as np
@@ -41,37 +42,53 @@ def network_xy(encoding: Encoding) -> Float64:
     return encoding.xy.astype(np.float64) / encoding.transform.scale
 
 
-def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding) -> Putative:
+PointsAt = Callable[[Int64, Int64], tuple[Float64, Float64]]
+"""Pixels [M] of the first and of the second image (row · width + column) to the 3D points [M, 3] that they show, each in
+its own camera's frame and both in one scale."""
+
+
+def match_dense(
+    orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding, *, max_seeds: int | None = None
+) -> Putative:
     """Reciprocal matches from grids of pixels in both images, on both decodes of a pair, with their 3D points.
 
     Args:
         orders: the prediction with the first image as the reference, and that with the second.
         first: encoding of the first image.
         second: encoding of the second image.
+        max_seeds: pixels of an image from which matches are sought, at most; None: MAX_SEEDS.
     """
     forward, backward = orders
     # The descriptors are let go of once they are matched; the points need much less.
+    points_at = pair_points(orders)
+    limit = MAX_SEEDS if max_seeds is None else max_seeds
+    step = max(_grid_step(view.descriptors, limit) for view in (forward.first, forward.second))
+    matches = match_predictions(forward, backward, step)
+    index_first, index_second = matches.pairs.first.cpu().numpy(), matches.pairs.second.cpu().numpy()
+    return Putative(
+        xy_first=_grid_xy(index_first, first),
+        xy_second=_grid_xy(index_second, second),
+        confidence=matches.confidence.cpu().numpy(),
+        points=lambda numbers: points_at(index_first[numbers], index_second[numbers]),
+    )
+
+
+def pair_points(orders: tuple[PairPrediction, PairPrediction]) -> PointsAt:
+    """The 3D points of matched pixels, by both decodes of a pair; holds none of the descriptors."""
+    forward, backward = orders
     first_points, shared_points, second_points = (
         view.points_at for view in (forward.first, forward.second, backward.first)
     )
     device = forward.first.descriptors.device
-    step = max(_grid_step(view.descriptors) for view in (forward.first, forward.second))
-    matches = match_predictions(forward, backward, step)
-    index_first, index_second = matches.pairs.first.to(device), matches.pairs.second.to(device)
 
-    def points(numbers: Int64) -> tuple[Float64, Float64]:
-        chosen = torch.from_numpy(numbers).to(device)
-        own, shared = (_as_array(at(index_second[chosen])[0]) for at in (second_points, shared_points))
+    def points_at(index_first: Int64, index_second: Int64) -> tuple[Float64, Float64]:
+        first, second = (torch.from_numpy(index).to(device) for index in (index_first, index_second))
+        own, shared = (_as_array(at(second)[0]) for at in (second_points, shared_points))
         # Each order has a scale of its own: the second view's points in its own frame take the first order's.
-        scale = align_similarity_robust(own, shared)[0].scale if len(numbers) >= MIN_MATCHES else 1.0
-        return _as_array(first_points(index_first[chosen])[0]), own * scale
+        scale = align_similarity_robust(own, shared)[0].scale if len(own) >= MIN_MATCHES else 1.0
+        return _as_array(first_points(first)[0]), own * scale
 
-    return Putative(
-        xy_first=_grid_xy(matches.pairs.first.cpu().numpy(), first),
-        xy_second=_grid_xy(matches.pairs.second.cpu().numpy(), second),
-        confidence=matches.confidence.cpu().numpy(),
-        points=points,
-    )
+    return points_at
 
 
 def _as_array(points: torch.Tensor) -> Float64:
@@ -85,11 +102,11 @@ def _grid_xy(index: Int64, encoding: Encoding) -> Float64:
     return encoding.transform.to_photo(upright) / encoding.transform.scale
 
 
-def _grid_step(descriptors: torch.Tensor) -> int:
-    """Pixels from one seed to the next, for MAX_SEEDS of them at most."""
+def _grid_step(descriptors: torch.Tensor, max_seeds: int) -> int:
+    """Pixels from one seed to the next, for so many of them at most."""
     height, width = descriptors.shape[:2]
     return next(
         step
         for step in count(1)
-        if len(range(step // 2, height, step)) * len(range(step // 2, width, step)) <= MAX_SEEDS
+        if len(range(step // 2, height, step)) * len(range(step // 2, width, step)) <= max_seeds
     )

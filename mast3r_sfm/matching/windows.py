@@ -92,18 +92,17 @@ def norm_windows(boxes: Float64, photo: Size, shape: Size | None) -> Int64:
         ShapeError: the photo does not hold one window of that shape.
     """
     if shape is not None and Tiling(photo=photo, window=shape, shape=shape).is_whole:
-        raise ShapeError(
-            f"a photo of {photo[0]}×{photo[1]} px holds no window of {shape[0]}×{shape[1]} px; take it whole"
-        )
-    low, high = boxes[:, :2], boxes[:, 2:]
-    size: Float64 = np.broadcast_to(np.array(shape or (0, 0), np.float64), low.shape)
+        (width, height), (wide, high) = photo, shape
+        raise ShapeError(f"a photo of {width}×{height} px holds no window of {wide}×{high} px; take it whole")
+    near, far = boxes[:, :2], boxes[:, 2:]
+    size: Float64 = np.broadcast_to(np.array(shape or (0, 0), np.float64), near.shape)
     if shape is None:
-        given = high - low
+        given = far - near
         longer = given.max(axis=1, keepdims=True)
         is_long = np.stack([given[:, 0] >= given[:, 1], given[:, 0] < given[:, 1]], axis=1)
         size = np.where(is_long, longer, SHORT_SIDE * longer)
     # The far end is rounded down, and so is the size.
-    end = np.floor((low + high) / 2 + size / 2)
+    end = np.floor((near + far) / 2 + size / 2)
     whole = np.clip(np.floor(size), 1, photo)
     start = np.clip(end - whole, 0, photo - whole)
     return np.concatenate([start, start + whole], axis=1).astype(np.int64)
@@ -190,8 +189,9 @@ def _candidates(
     """Windows of one photo's grid [n, 4], their partners [n, 4], and which window [K] holds which match [K]."""
     own, other = matches
     windows = grid(tilings[0].photo, tilings[0].window, overlap)
-    inside = ((own >= windows[:, None, :2]) & (own < windows[:, None, 2:])).all(axis=2)
-    windows, inside = (values[inside.sum(axis=1) >= MIN_MATCHES] for values in (windows, inside))
+    inside = np.asarray(((own >= windows[:, None, :2]) & (own < windows[:, None, 2:])).all(axis=2))
+    enough = inside.sum(axis=1) >= MIN_MATCHES
+    windows, inside = windows[enough], inside[enough]
     window, match = np.nonzero(inside)
     if len(windows) == 0:
         return windows, windows, window, match
@@ -210,5 +210,6 @@ def _candidates(
 def _off_centre(xy: Float64, boxes: Int64) -> Float64:
     """[K] squared distance of pixels from the centres of their boxes, in half sides."""
     low, high = boxes[:, :2], boxes[:, 2:]
-    offset: Float64 = (2 * xy - low - high) / (high - low)
-    return (offset**2).sum(axis=1)
+    offset = (2 * xy - low - high) / (high - low)
+    squared: Float64 = (offset**2).sum(axis=1)
+    return squared
