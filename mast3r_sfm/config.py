@@ -93,6 +93,9 @@ class MatchConfig:
 
     dtype: DecoderType = "auto"
     """What the decoder of a pointmap model computes in; auto: float16 on CUDA, float32 elsewhere."""
+    resolution: Literal["auto", "coarse", "fine"] = "auto"
+    """coarse: pointmap models match photos as they see them; fine: then once more in windows at full resolution, where
+    photos are larger; auto: fine on CUDA for photos at least 1.5 times as large, else coarse."""
     min_similarity: float = 0.8
     """Cosine below which two descriptors are not a match."""
     max_epipolar_error_px: float = 2.0

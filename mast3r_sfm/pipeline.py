@@ -25,15 +25,16 @@ import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel, write_models
-from mast3r_sfm.config import Config, RunOptions, fingerprint
+from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
-from mast3r_sfm.images.loading import load_grey, load_image
+from mast3r_sfm.images.loading import decode_photo, load_grey, load_image
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.models.base import DenseModel, PairModel
-from mast3r_sfm.models.registry import load_model, resolve_name
+from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
 from mast3r_sfm.progress import Progress, SilentProgress, steps
 from mast3r_sfm.reasons import why_left_out, why_nothing
 from mast3r_sfm.retrieval.stage import build_view_graph
@@ -147,6 +148,8 @@ class _Run:
     error: str = ""
     model_name: str = ""
     model_fingerprint: str = ""
+    matching: MatchConfig = dataclasses.field(default_factory=MatchConfig)
+    """As it is meant for the model and the device."""
     image_set: ImageSet | None = None
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
@@ -214,6 +217,7 @@ class _Run:
             config=self.config.encode,
         )
         self.model_name, self.model_fingerprint = model.name, model.fingerprint
+        self.matching = resolve_resolution(self.config.match, model, resolve_device(self.options.device).type)
         chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
         self.recorder.note(f"model: {model.name}{chosen}")
         return model
@@ -291,11 +295,16 @@ class _Run:
     def _match(
         self, photos: ImageSet, graph: ViewGraph, encodings: Sequence[Encoding], model: PairModel, report: _Draft
     ) -> tuple[list[PairMatches], Rig]:
-        config = self.config
-        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, config.match, config.seed)
+        config, seed = self.matching, self.config.seed
+        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, config, seed)
         cache = self._cache("match", report.key)
+        fine = None
+        if isinstance(model, DenseModel) and config.resolution != "coarse":
+            fine = FineMatcher(
+                model, photos.records, lambda n: decode_photo(photos.root, photos.records[n]), config, seed
+            )
         matcher = match_stage.Matcher(
-            model=model, encodings=encodings, config=config.match, seed=config.seed, threads=self.threads
+            model=model, encodings=encodings, config=config, seed=seed, threads=self.threads, fine=fine
         )
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
         with _torch_threads(self.threads if isinstance(model, DenseModel) else 1):

@@ -43,8 +43,8 @@ def network_xy(encoding: Encoding) -> Float64:
 
 
 PointsAt = Callable[[Int64, Int64], tuple[Float64, Float64]]
-"""Pixels [M] of the first and of the second image (row · width + column) to the 3D points [M, 3] that they show, each in
-its own camera's frame and both in one scale."""
+"""Pixels [M] of the first and of the second image (row · width + column) to the 3D points [M, 3] that they show, each
+in its own camera's frame and both in one scale."""
 
 
 def match_dense(

@@ -13,16 +13,17 @@ import numpy as np
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.fine import FineMatcher
 from mast3r_sfm.matching.focal import estimate_focal_ratios
 from mast3r_sfm.matching.hard import match_hard_pair, settle_hanging_pairs
-from mast3r_sfm.matching.putative import match_dense, match_keypoints
+from mast3r_sfm.matching.putative import match_dense, match_keypoints, pair_points
 from mast3r_sfm.matching.turns import settle_turns
 from mast3r_sfm.models.base import DenseModel, KeypointModel, PairModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Camera, Encoding, Float64, ImageRecord, PairMatches, Rig, Verdict, ViewGraph
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PAIRS_PER_CHUNK = 64
 _DENSE_WORKERS = 4
 """While the network decodes some pairs, this many threads less one check what it found before; each keeps a few pairs'
@@ -38,6 +39,8 @@ class Matcher:
     config: MatchConfig
     seed: int
     threads: int
+    fine: FineMatcher | None = None
+    """Matches links of a dense model once more, at full resolution."""
 
     def check_graph(self, graph: ViewGraph, cache: StageCache, progress: Progress) -> tuple[list[EpipolarEdge], int]:
         """Match and check all pairs, chunk by chunk.
@@ -108,10 +111,14 @@ class Matcher:
         self, model: DenseModel, pairs: list[tuple[int, int]], views: list[tuple[Encoding, Encoding]]
     ) -> list[EpipolarEdge]:
         putative = [
-            (number, match_dense((forward, backward), *views[number]))
+            (number, match_dense((forward, backward), *views[number]), pair_points((forward, backward)))
             for number, forward, backward in model.predict(views)
         ]
-        return [check_pair(pairs[number], matches, self.config, self.seed) for number, matches in putative]
+        edges = []
+        for number, matches, points_at in putative:
+            edge = check_pair(pairs[number], matches, self.config, self.seed)
+            edges.append(edge if self.fine is None else self.fine.refine(edge, views[number], points_at))
+        return edges
 
     def calibrate(self, edges: Sequence[EpipolarEdge], rig: Rig) -> list[PairMatches]:
         """Relative pose, points and verdict of every edge, given the cameras."""

@@ -14,7 +14,7 @@ from mast3r_sfm.geometry.rigid import angle_between_rotations, transform_points
 from mast3r_sfm.models.base import DenseModel
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
-from mast3r_sfm.types import Encoding, Float64, LoadedImage, PairPrediction, Preparation
+from mast3r_sfm.types import Encoding, Float64, LoadedImage, PairPrediction, PixelTransform, Preparation
 from tests.scenes import (
     HEIGHT_PX,
     WIDTH_PX,
@@ -274,7 +274,8 @@ def test_larger_photos_get_token_places_in_their_own_pixels() -> None:
     (name, view), *_ = facade_views().items()
     model = oracle(facade_views())
     (small,) = model.encode(load({name: view}))
-    loaded = replace(load({name: view})[0], record=record(name, view, scale=5))
+    five = PixelTransform(matrix=5 * np.eye(2, 3))
+    loaded = replace(load({name: view})[0], record=record(name, view, scale=5), transform=five)
     (large,) = model.encode([loaded])
     np.testing.assert_array_equal(large.tokens, small.tokens)
     np.testing.assert_allclose(large.xy, 5 * small.xy)
