@@ -17,7 +17,7 @@ from mast3r_sfm.errors import ConfigError
 from mast3r_sfm.images.framing import photo_from_window, turned_by
 from mast3r_sfm.images.loading import DecodedPhoto
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
-from mast3r_sfm.matching.putative import PointsAt, match_dense
+from mast3r_sfm.matching.putative import PointsAt, grid_step, match_dense
 from mast3r_sfm.matching.window_encodings import WindowEncodings
 from mast3r_sfm.matching.windows import Tiling, select
 from mast3r_sfm.models.base import DenseModel, PairModel
@@ -26,10 +26,9 @@ from mast3r_sfm.types import Encoding, Float64, ImageRecord, Int64, PixelTransfo
 MIN_SCALE = {"auto": 1.5, "fine": 1.01}
 """Photo pixels per network pixel, from which in one of two photos a pair is matched in windows, by `match.resolution`.
 Windows of smaller photos show hardly more than the whole photos did, at several times the cost."""
-MAX_SEEDS = 8192
-"""Pixels of an image from which matches are sought, over all windows of a pair: twice those of coarse matching."""
-MIN_SEEDS = 32
-"""Pixels of a window from which matches are sought, however many windows there are."""
+MIN_CONFIRMED = 0.6
+"""Share of inliers among fine matches, over that among coarse ones, from which they are believed. Windows bound where
+their matches can lie, so that more agree by chance than between whole photos: of noise in windows of 40 px, 0.47."""
 
 
 def resolve_resolution(config: MatchConfig, model: PairModel, device_type: str) -> MatchConfig:
@@ -59,6 +58,12 @@ class _Matches:
     xy_first: Float64
     xy_second: Float64
     confidence: Float64
+
+    def subset(self, index: Int64) -> _Matches:
+        """Those with these numbers, in this order."""
+        return _Matches(
+            xy_first=self.xy_first[index], xy_second=self.xy_second[index], confidence=self.confidence[index]
+        )
 
 
 class FineMatcher:
@@ -104,7 +109,7 @@ class FineMatcher:
         first = _Side.of(coarse.first, self._records[coarse.first], views[0])
         second = _Side.of(coarse.second, self._records[coarse.second], views[1])
         with self._lock:
-            matches = _one_to_one(self._match_windows(coarse, first, second))
+            matches = _thinned(_one_to_one(self._match_windows(coarse, first, second)), first, second)
         index_first, index_second = first.coarse_index(matches.xy_first), second.coarse_index(matches.xy_second)
         putative = Putative(
             xy_first=matches.xy_first / first.scale,
@@ -113,20 +118,21 @@ class FineMatcher:
             points=lambda numbers: points_at(index_first[numbers], index_second[numbers]),
         )
         fine = check_pair((coarse.first, coarse.second), putative, self._config, self._seed)
-        return fine if fine.verdict.is_link else coarse
+        confirmed = fine.verdict.is_link and fine.inlier_ratio >= MIN_CONFIRMED * coarse.inlier_ratio
+        return fine if confirmed else coarse
 
     def _match_windows(self, coarse: EpipolarEdge, first: _Side, second: _Side) -> _Matches:
         """Matches of all window pairs, in photo pixels; the same pixel may be in several."""
         upright = first.upright_index(coarse.xy_first), second.upright_index(coarse.xy_second)
         # In the order of their places, window pairs one after the other share windows.
         boxes = np.unique(np.concatenate(select(upright, (first.tiling, second.tiling)), axis=1), axis=0)
-        max_seeds = max(MIN_SEEDS, MAX_SEEDS // max(1, len(boxes)))
         found = [_Matches(xy_first=np.zeros((0, 2)), xy_second=np.zeros((0, 2)), confidence=np.zeros(0))]
         at_once = max(self._model.pairs_at_once, self._model.images_at_once)
         for start in range(0, len(boxes), at_once):
-            some = boxes[start : start + at_once]
-            windows = self._encode(first, some[:, :4]), self._encode(second, some[:, 4:])
-            found += self._match_batch(list(zip(*windows, strict=True)), max_seeds)
+            ends = ((first, boxes[start : start + at_once, :4]), (second, boxes[start : start + at_once, 4:]))
+            windows = zip(*(self._encode(side, some) for side, some in ends), strict=True)
+            seeds = zip(*([side.seeds(box) for box in some] for side, some in ends), strict=True)
+            found += self._match_batch(list(windows), list(seeds))
         return _Matches(
             xy_first=np.concatenate([some.xy_first for some in found]),
             xy_second=np.concatenate([some.xy_second for some in found]),
@@ -139,11 +145,13 @@ class FineMatcher:
         corners = [(left, top, right, bottom) for left, top, right, bottom in boxes.tolist()]
         return self._encodings.get(side.image, corners, side.tiling.window)
 
-    def _match_batch(self, windows: list[tuple[Encoding, Encoding]], max_seeds: int) -> list[_Matches]:
+    def _match_batch(
+        self, windows: list[tuple[Encoding, Encoding]], seeds: list[tuple[Int64, Int64]]
+    ) -> list[_Matches]:
         matches = {}
         for number, forward, backward in self._model.predict(windows):
             first, second = windows[number]
-            putative = match_dense((forward, backward), first, second, max_seeds=max_seeds)
+            putative = match_dense((forward, backward), first, second, seeds[number])
             matches[number] = _Matches(
                 xy_first=putative.xy_first * first.transform.scale,
                 xy_second=putative.xy_second * second.transform.scale,
@@ -183,6 +191,28 @@ class _Side:
         """Pixels of the check to those of the upright photo, with the centre of the first at (0, 0)."""
         return self.stored_from_upright.to_network(xy * self.scale) - 0.5
 
+    @property
+    def step(self) -> int:
+        """Pixels of a window from one seed to the next."""
+        return grid_step(self.whole.network_size if self.tiling.is_whole else self.tiling.photo)
+
+    def seeds(self, box: Int64) -> Int64:
+        """Pixels of a window from which matches are sought.
+
+        They lie on one grid over the whole photo, the same for all of its windows and pairs, so that what several pairs
+        match can become one point.
+        """
+        left, top, right, bottom = (0, 0, *self.whole.network_size) if self.tiling.is_whole else box.tolist()
+        columns = np.arange(left + (self.step // 2 - left) % self.step, right, self.step) - left
+        rows = np.arange(top + (self.step // 2 - top) % self.step, bottom, self.step) - top
+        seeds: Int64 = (rows[:, None] * (right - left) + columns).ravel()
+        return seeds
+
+    def cell(self, xy: Float64) -> Int64:
+        """[M, 2] which seed of the grid stands for photo pixels."""
+        step = self.step * self.scale if self.tiling.is_whole else self.step
+        return np.floor((self.stored_from_upright.to_network(xy)) / step).astype(np.int64)
+
     def coarse_index(self, xy: Float64) -> Int64:
         """Photo pixels to the nearest ones of what the network saw of the whole photo, row · width + column."""
         width, height = self.whole.network_size
@@ -192,12 +222,22 @@ class _Side:
 
 
 def _one_to_one(matches: _Matches) -> _Matches:
-    """No photo pixel twice, in either photo: the more confident match stays, of equal ones the first."""
+    """No photo pixel twice, in either photo: the more confident match stays, of equal ones the first. Best first."""
     kept = np.argsort(-matches.confidence, kind="stable")
     for xy in (matches.xy_first, matches.xy_second):
-        pixel = np.floor(xy[kept]).astype(np.int64)
-        # The first place of each pixel is its most confident match.
-        kept = kept[np.sort(np.unique(pixel, axis=0, return_index=True)[1])]
-    return _Matches(
-        xy_first=matches.xy_first[kept], xy_second=matches.xy_second[kept], confidence=matches.confidence[kept]
-    )
+        kept = kept[_first_of_each(np.floor(xy[kept]).astype(np.int64))]
+    return matches.subset(kept)
+
+
+def _thinned(matches: _Matches, first: _Side, second: _Side) -> _Matches:
+    """Those that are the best one around a seed, in one of the photos at least. Best first.
+
+    Windows overlap, and what several of them find from one seed differs by a pixel: it is one place, found again.
+    """
+    best = [_first_of_each(side.cell(xy)) for side, xy in ((first, matches.xy_first), (second, matches.xy_second))]
+    return matches.subset(np.union1d(*best))
+
+
+def _first_of_each(rows: Int64) -> Int64:
+    """Where each different row [*, 2] stands first, ascending."""
+    return np.sort(np.unique(rows, axis=0, return_index=True)[1])

@@ -48,22 +48,27 @@ in its own camera's frame and both in one scale."""
 
 
 def match_dense(
-    orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding, *, max_seeds: int | None = None
+    orders: tuple[PairPrediction, PairPrediction],
+    first: Encoding,
+    second: Encoding,
+    seeds: tuple[Int64, Int64] | None = None,
 ) -> Putative:
-    """Reciprocal matches from grids of pixels in both images, on both decodes of a pair, with their 3D points.
+    """Reciprocal matches from some pixels of both images, on both decodes of a pair, with their 3D points.
 
     Args:
         orders: the prediction with the first image as the reference, and that with the second.
         first: encoding of the first image.
         second: encoding of the second image.
-        max_seeds: pixels of an image from which matches are sought, at most; None: MAX_SEEDS.
+        seeds: pixels of what the network sees, row · width + column, of either image; None: a grid.
     """
     forward, backward = orders
     # The descriptors are let go of once they are matched; the points need much less.
     points_at = pair_points(orders)
-    limit = MAX_SEEDS if max_seeds is None else max_seeds
-    step = max(_grid_step(view.descriptors, limit) for view in (forward.first, forward.second))
-    matches = match_predictions(forward, backward, step)
+    if seeds is None:
+        step = max(grid_step(encoding.network_size) for encoding in (first, second))
+        matches = match_predictions(forward, backward, step)
+    else:
+        matches = match_predictions(forward, backward, (torch.from_numpy(seeds[0]), torch.from_numpy(seeds[1])))
     index_first, index_second = matches.pairs.first.cpu().numpy(), matches.pairs.second.cpu().numpy()
     return Putative(
         xy_first=_grid_xy(index_first, first),
@@ -102,11 +107,11 @@ def _grid_xy(index: Int64, encoding: Encoding) -> Float64:
     return encoding.transform.to_photo(upright) / encoding.transform.scale
 
 
-def _grid_step(descriptors: torch.Tensor, max_seeds: int) -> int:
-    """Pixels from one seed to the next, for so many of them at most."""
-    height, width = descriptors.shape[:2]
+def grid_step(size: tuple[int, int]) -> int:
+    """Pixels from one seed to the next on an image of some width and height, for MAX_SEEDS of them at most."""
+    width, height = size
     return next(
         step
         for step in count(1)
-        if len(range(step // 2, height, step)) * len(range(step // 2, width, step)) <= max_seeds
+        if len(range(step // 2, height, step)) * len(range(step // 2, width, step)) <= MAX_SEEDS
     )
