@@ -80,8 +80,8 @@ class Flags:
 @settings_options
 @click.option(
     "--resolution",
-    type=click.Choice(["auto", "coarse", "fine"]),
-    help="Of matching by a pointmap model: as it sees the photos, or in full.  [default: fits the device]",
+    metavar="NAME",
+    help="Of matches by a pointmap model: coarse (of what it sees) or fine (of the photo).  [default: fits the device]",
 )
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
 @click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
