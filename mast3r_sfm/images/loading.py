@@ -59,7 +59,7 @@ def load_image(root: Path, record: ImageRecord, preparation: Preparation) -> Loa
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedPhoto:
-    """All pixels of a photo in memory, three bytes each, to cut windows from; see `decode_photo`."""
+    """All pixels of a photo in memory, four bytes each, to cut windows from; see `decode_photo`."""
 
     record: ImageRecord
     image: Image.Image
@@ -103,10 +103,8 @@ def decode_photo(root: Path, record: ImageRecord) -> DecodedPhoto:
     """
     with _opened(root, record) as image:
         decode(image, at_least=(record.width_px, record.height_px))
-        rgb = to_rgb(image)
-        # A copy, since the file's own image is closed with it.
-        kept = rgb.copy() if rgb is image else rgb
-        return DecodedPhoto(record=record, image=kept, orientation=_still_to_apply(image, record))
+        # Closing the file leaves the pixels of an image that was decoded.
+        return DecodedPhoto(record=record, image=to_rgb(image), orientation=_still_to_apply(image, record))
 
 
 def load_grey(root: Path, record: ImageRecord) -> Float32:

@@ -13,7 +13,7 @@ from mast3r_sfm.types import Encoding
 CACHE_BYTES = 1 << 30
 """Memory for encoded windows that other pairs may want again: 650 of the official network at 512×384."""
 PHOTOS_IN_MEMORY = 2
-"""Decoded photos: those of a pair. One of 48 megapixels takes 144 MB."""
+"""Decoded photos: those of a pair. One of 48 megapixels takes 192 MB."""
 
 _Key = tuple[int, Box, tuple[int, int]]
 

@@ -51,7 +51,7 @@ def upright_place(x: float, y: float, orientation: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("extension", ["png", "tif", "webp"])
+@pytest.mark.parametrize("extension", ["png", "tif", "webp", "bmp"])
 def test_each_pixel_of_a_window_is_found_in_the_file(
     tmp_path: Path, textured: Textured, orientation: int, extension: str
 ) -> None:
