@@ -303,6 +303,7 @@ class _Run:
             fine = FineMatcher(
                 model, photos.records, lambda n: decode_photo(photos.root, photos.records[n]), config, seed
             )
+            self.recorder.note("matching: pairs of large photos once more in windows, at full resolution")
         matcher = match_stage.Matcher(
             model=model, encodings=encodings, config=config, seed=seed, threads=self.threads, fine=fine
         )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.config import EncodeConfig, MatchConfig
 from mast3r_sfm.errors import ConfigError
 from mast3r_sfm.images.framing import photo_from_window, turned_by
 from mast3r_sfm.images.loading import DecodedPhoto, decode_photo, load_image
@@ -23,6 +23,7 @@ from mast3r_sfm.matching.putative import match_dense, pair_points
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.matching.window_encodings import WindowEncodings
 from mast3r_sfm.models.base import DenseModel, KeypointModel
+from mast3r_sfm.models.registry import load_model
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.synthetic.oracle import OracleModel
 from mast3r_sfm.synthetic.render import View, make_views
@@ -245,6 +246,32 @@ def test_what_windows_do_not_confirm_stays_as_it_was(tmp_path: Path) -> None:
     Image.fromarray(noise).save(tmp_path / "1.png")
     coarse = photos.coarse(views)
     assert FineMatcher(model, photos.records, photos.decode, FINE, 0).refine(coarse, views, some_points) is coarse
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_network_with_patches_is_given_windows_it_can_take(
+    golden_dir: Path, tmp_path: Path, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = shifted(tmp_path, (1, orientation))
+    model = load_model(str(golden_dir / "tiny_mast3r.safetensors"), device="cpu", config=EncodeConfig(max_size_px=64))
+    assert isinstance(model, DenseModel)
+    views = model.encode([load_image(tmp_path, record, model.preparation) for record in photos.records])
+    assert [view.network_size for view in views] == [(64, 48)] * 2
+    seen: list[tuple[int, int]] = []
+    encode = model.encode
+
+    def note(images: Sequence[LoadedImage]) -> list[Encoding]:
+        seen.extend((image.pixels.shape[1], image.pixels.shape[0]) for image in images)
+        assert all(image.transform.scale == pytest.approx(1) for image in images)
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode", note)
+    coarse = photos.coarse((views[0], views[1]))
+    edge = FineMatcher(model, photos.records, photos.decode, FINE, 0).refine(coarse, (views[0], views[1]), some_points)
+    # Random weights find nothing.
+    assert edge is coarse
+    assert set(seen) == {(64, 48)}
+    assert len(seen) > 10
 
 
 class TestWindowEncodings:

@@ -135,9 +135,12 @@ def test_fine_matches_give_better_poses(coarse: Run, fine: Run, views: dict[str,
         np.testing.assert_allclose(TIMES * matches["xy_first"] % 1, 0.5, atol=1e-6)
 
 
-def test_resolution_is_a_part_of_the_key(coarse: Run, fine: Run) -> None:
+def test_resolution_is_a_part_of_the_key_and_said(coarse: Run, fine: Run) -> None:
     assert coarse.keys["pairs"] == fine.keys["pairs"]
     assert coarse.keys["match"] != fine.keys["match"]
+    note = "matching: pairs of large photos once more in windows, at full resolution"
+    assert note in fine.report.notes
+    assert note not in coarse.report.notes
 
 
 def test_an_interrupted_run_ends_with_the_same_matches(
