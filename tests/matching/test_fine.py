@@ -18,7 +18,7 @@ from mast3r_sfm.errors import ConfigError
 from mast3r_sfm.images.framing import photo_from_window, turned_by
 from mast3r_sfm.images.loading import DecodedPhoto, decode_photo, load_image
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
-from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
+from mast3r_sfm.matching.fine import FineMatcher, _Matches, _one_to_one, resolve_resolution
 from mast3r_sfm.matching.putative import match_dense, pair_points
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.matching.window_encodings import WindowEncodings
@@ -438,3 +438,22 @@ def test_a_stage_that_was_cut_off_ends_as_if_it_had_not(tmp_path: Path, monkeypa
         np.testing.assert_allclose(3 * one.xy_first % 1, 0.5, atol=1e-6)
         for name in ("xy_first", "xy_second", "confidence", "points_first", "points_second", "fundamental"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def test_no_pixel_is_matched_twice_and_the_more_confident_match_wins() -> None:
+    rng = np.random.default_rng(3)
+    first, second = rng.integers(0, 12, (2, 500, 2)) + 0.5
+    matches = _Matches(xy_first=first, xy_second=second, confidence=rng.permutation(500) / 500)
+    kept = _one_to_one(matches)
+    assert 40 < len(kept.confidence) < 144
+    assert (np.diff(kept.confidence) < 0).all()
+    for own, all_of_them in ((kept.xy_first, first), (kept.xy_second, second)):
+        assert len(np.unique(own, axis=0)) == len(own)
+        assert {tuple(xy) for xy in own.tolist()} <= {tuple(xy) for xy in all_of_them.tolist()}
+    best = int(matches.confidence.argmax())
+    np.testing.assert_array_equal(kept.xy_first[0], first[best])
+    np.testing.assert_array_equal(kept.xy_second[0], second[best])
+    for xy, other, sure in zip(kept.xy_first, kept.xy_second, kept.confidence, strict=True):
+        # Of equal pairs of pixels, the most confident.
+        rivals = (first == xy).all(axis=1) & (second == other).all(axis=1)
+        assert sure == matches.confidence[rivals].max()
