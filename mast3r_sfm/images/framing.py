@@ -9,6 +9,9 @@ from PIL import Image
 
 from mast3r_sfm.types import Float64, PixelTransform, Preparation
 
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom."""
+
 _STORED_FROM_UPRIGHT = {
     1: ((1, 0, 0), (0, 1, 0)),
     2: ((-1, 0, 1), (0, 1, 0)),
@@ -34,7 +37,7 @@ class Framing:
     """What is left, and what the network sees."""
 
     @property
-    def box(self) -> tuple[int, int, int, int]:
+    def box(self) -> Box:
         """The crop in the resized photo: left, top, right, bottom."""
         return (*self.offset, self.offset[0] + self.size[0], self.offset[1] + self.size[1])
 
@@ -78,6 +81,22 @@ def photo_from_network(stored: tuple[int, int], framing: Framing, orientation: i
     scale = np.array(stored, dtype=np.float64) / turned_by(orientation, framing.resized)
     linear: Float64 = rows[:, :2] * scale[:, None]
     return PixelTransform(matrix=np.column_stack([linear, rows[:, 2] * stored + linear @ framing.offset]))
+
+
+def photo_from_window(stored: tuple[int, int], orientation: int, box: Box, size: tuple[int, int]) -> PixelTransform:
+    """The map from a window of an upright photo to the photo's stored pixels.
+
+    Args:
+        stored: width and height of the photo in the file.
+        orientation: EXIF's, 1–8.
+        box: left, top, right, bottom of the window in upright pixels.
+        size: width and height to which the window was resized.
+    """
+    rows = np.array(_STORED_FROM_UPRIGHT[orientation], dtype=np.float64)
+    corner, scale = np.array(box[:2], np.float64), np.array([box[2] - box[0], box[3] - box[1]]) / size
+    return PixelTransform(
+        matrix=np.column_stack([rows[:, :2] * scale, rows[:, 2] * stored + rows[:, :2] @ corner]),
+    )
 
 
 def _shrunk(upright: tuple[int, int], size_px: int) -> tuple[int, int]:

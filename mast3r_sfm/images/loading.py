@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mast3r_sfm.errors import InputError
+from mast3r_sfm.errors import InputError, ShapeError
 from mast3r_sfm.images.decoding import decode, is_decoded_upright, open_image, stored_size, to_rgb
-from mast3r_sfm.images.framing import Framing, frame_photo, photo_from_network, turned_by
+from mast3r_sfm.images.framing import (
+    Box,
+    Framing,
+    frame_photo,
+    photo_from_network,
+    photo_from_window,
+    turned_by,
+)
 from mast3r_sfm.types import Float32, ImageRecord, LoadedImage, Preparation
 
 _UPRIGHT = {
@@ -47,6 +55,56 @@ def load_image(root: Path, record: ImageRecord, preparation: Preparation) -> Loa
         pixels=np.array(upright),  # a copy, as torch wants arrays it may write to
         transform=photo_from_network(stored, framing, record.orientation),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedPhoto:
+    """All pixels of a photo in memory, four bytes each, to cut windows from; see `decode_photo`."""
+
+    record: ImageRecord
+    image: Image.Image
+    """RGB."""
+    orientation: int
+    """EXIF's, as far as it is still to be applied."""
+
+    def window(self, box: Box, size: tuple[int, int]) -> LoadedImage:
+        """Cut out a box of the upright photo, and resize it.
+
+        Args:
+            box: left, top, right, bottom in upright pixels; inside the photo.
+            size: width and height of what the network sees. That of the box: nothing is resampled.
+
+        Raises:
+            ShapeError: the box reaches out of the photo or is empty.
+        """
+        record, (left, top, right, bottom) = self.record, box
+        width, height = turned_by(record.orientation, (record.width_px, record.height_px))
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ShapeError(f"{record.name}: window {box} does not lie in the upright photo of {width}×{height} px")
+        to_decoded = photo_from_window(self.image.size, self.orientation, (0, 0, width, height), (width, height))
+        corners = np.rint(to_decoded.to_photo(np.array([[left, top], [right, bottom]], np.float64))).astype(int)
+        # Only the window is turned: a turned copy of the photo would take as much memory again.
+        cut = _turn(self.image.crop((*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())), self.orientation)
+        if cut.size != size:
+            shrinks = max(cut.size) > max(size)
+            cut = cut.resize(size, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC)
+        return LoadedImage(
+            record=record,
+            pixels=np.array(cut),
+            transform=photo_from_window((record.width_px, record.height_px), record.orientation, box, size),
+        )
+
+
+def decode_photo(root: Path, record: ImageRecord) -> DecodedPhoto:
+    """Read all pixels of a photo as 8-bit RGB, to cut any number of windows from.
+
+    Raises:
+        InputError: the file cannot be read, or is not the one that `record` describes.
+    """
+    with _opened(root, record) as image:
+        decode(image, at_least=(record.width_px, record.height_px))
+        # Closing the file leaves the pixels of an image that was decoded.
+        return DecodedPhoto(record=record, image=to_rgb(image), orientation=_still_to_apply(image, record))
 
 
 def load_grey(root: Path, record: ImageRecord) -> Float32:

@@ -16,16 +16,25 @@ import numpy as np
 import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
-from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.geometry.epipolar import sampson_error
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
-from mast3r_sfm.matching.putative import network_xy, shown
+from mast3r_sfm.matching.checker import Pair, PairChecker, Views
+from mast3r_sfm.matching.putative import join_putative, network_xy, shown
 from mast3r_sfm.models.base import KeypointModel
-from mast3r_sfm.types import Bool, Encoding, Int64, Verdict
+from mast3r_sfm.types import Bool, Int64, Verdict
 
-STRONG_EVIDENCE = 20.0
-"""Inliers times the square of their share above which nearest neighbours are believed. Chance reaches 6 (1,300 pairs,
-benchmarks/chance_matches.py); of the wrong pairs of a street, nine tenths stay below 39."""
+STRONG_EVIDENCE = 15.0
+"""Distinct inliers times the square of their share above which nearest neighbours are believed. Chance reaches 9 (900
+pairs of photos of different places, benchmarks/chance_matches.py)."""
+SMALL_PART = 8
+"""Images of a strongly connected part below which its pairs, too, are worth a second look."""
 MAX_ROUNDS = 8
+SURE_INLIERS = 120
+"""Inliers of the slow matcher above which it is believed. On objects that look alike from several sides (a statue, a
+toy) it finds up to 116 between sides that share nothing."""
+MIN_AGREEING, MIN_AGREEING_SHARE = 10, 0.33
+"""How many of the distinct matches of nearest neighbours, and what share of them, confirm a geometry that has fewer:
+with wrong ones, at most 0.29 agree, or fewer than nine matches."""
 FRUITLESS_ROUNDS = 3
 """Rounds without a confirmed link after which the parts are taken to be separate."""
 
@@ -33,19 +42,47 @@ Rematch = Callable[[int], EpipolarEdge]
 
 
 def match_hard_pair(
-    model: KeypointModel, pair: tuple[int, int], views: tuple[Encoding, Encoding], config: MatchConfig, seed: int
+    checker: PairChecker, model: KeypointModel, pair: Pair, views: Views, others: Putative
 ) -> EpipolarEdge:
-    """Match and check one pair with the model's slow matcher."""
+    """Match and check one pair with the model's slow matcher.
+
+    Args:
+        checker: its settings and seed.
+        model: has the slow matcher.
+        pair: indices of the images.
+        views: the model's encodings of both.
+        others: what nearest neighbours match. They have no say in the geometry, but unless it has SURE_INLIERS, the
+            distinct ones among them must confirm it.
+    """
     first, second = views
     index, confidence = model.match_hard(first, second)
-    putative = Putative(
+    slow = Putative(
         xy_first=network_xy(first, first.transform.scale)[index[:, 0]],
         xy_second=network_xy(second, second.transform.scale)[index[:, 1]],
         confidence=confidence,
-        is_distinct=np.ones(len(index), bool),
+        is_distinct=np.ones(len(index), np.bool_),
         frames=(shown(first), shown(second)),
     )
-    return check_pair(pair, putative, config, seed)
+    silent = replace(others, is_distinct=np.zeros(len(others.xy_first), np.bool_))
+    edge = check_pair(pair, join_putative([slow, silent]), checker.config, checker.seed)
+    if not edge.verdict.is_link or edge.num_inliers >= SURE_INLIERS:
+        return edge
+    distinct = others.subset(others.is_distinct)
+    error = sampson_error(edge.fundamental, distinct.xy_first, distinct.xy_second)
+    agreeing = int((error < checker.config.max_epipolar_error_px).sum())
+    confirmed = agreeing >= max(MIN_AGREEING, MIN_AGREEING_SHARE * len(error))
+    return edge if confirmed else replace(edge, verdict=Verdict.WEAK)
+
+
+def hanging_pairs(edges: Sequence[EpipolarEdge], num_images: int) -> list[int]:
+    """Numbers of the pairs within small parts, or between parts, of those that strong edges connect."""
+    part = _parts(edges, _are_strong(edges), num_images)
+    size = np.bincount(part)
+    return [
+        number
+        for number, edge in enumerate(edges)
+        if part[edge.first] != part[edge.second] or size[part[edge.first]] < SMALL_PART
+    ]
 
 
 def settle_hanging_pairs(
@@ -64,7 +101,7 @@ def settle_hanging_pairs(
     """
     settled = list(edges)
     tried = np.zeros(len(edges), bool)
-    strong = np.array([_evidence(edge) >= STRONG_EVIDENCE for edge in edges], bool)
+    strong = _are_strong(edges)
     fruitless = 0
     for _ in range(MAX_ROUNDS):
         part = _parts(settled, strong, num_images)
@@ -82,6 +119,10 @@ def settle_hanging_pairs(
         replace(edge, verdict=Verdict.WEAK) if edge.verdict.is_link and part[edge.first] != part[edge.second] else edge
         for edge in settled
     ]
+
+
+def _are_strong(edges: Sequence[EpipolarEdge]) -> Bool:
+    return np.array([_evidence(edge) >= STRONG_EVIDENCE for edge in edges], np.bool_)
 
 
 def _evidence(edge: EpipolarEdge) -> float:

@@ -13,6 +13,7 @@ ROWS_PER_BLOCK = 128
 _SAME = 1e-3
 """Distance below which two float32 descriptors are the same, to within rounding."""
 
+
 class Matches(NamedTuple):
     """Descriptors that are each other's most similar."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -23,7 +23,8 @@ MAX_SEEDS = 4096
 class KeypointSource:
     """One kind of keypoints of all images, and what makes two of them a match."""
 
-    encodings: Sequence[Encoding]
+    encodings: Sequence[Encoding] | Mapping[int, Encoding]
+    """By image."""
     min_similarity: float
     """Cosine below which two descriptors are not a match."""
     max_ratio: float
@@ -53,14 +54,16 @@ def match_keypoints(
 
 
 def join_putative(parts: Sequence[Putative]) -> Putative:
-    """All matches of a pair, without their points."""
+    """All matches of a pair, each once, without their points; of equal ones, that of the earliest part."""
+    xy = np.concatenate([np.concatenate([part.xy_first, part.xy_second], axis=1) for part in parts])
+    _, kept = np.unique(xy, axis=0, return_index=True)
     return Putative(
-        xy_first=np.concatenate([part.xy_first for part in parts]),
-        xy_second=np.concatenate([part.xy_second for part in parts]),
+        xy_first=xy[:, :2],
+        xy_second=xy[:, 2:],
         confidence=np.concatenate([part.confidence for part in parts]),
         is_distinct=np.concatenate([part.is_distinct for part in parts]),
         frames=parts[0].frames,
-    )
+    ).subset(np.sort(kept))
 
 
 def _descriptors(encoding: Encoding) -> torch.Tensor:
@@ -82,37 +85,64 @@ def shown(encoding: Encoding) -> Float64:
     return frame
 
 
-def match_dense(orders: tuple[PairPrediction, PairPrediction], first: Encoding, second: Encoding) -> Putative:
-    """Reciprocal matches from grids of pixels in both images, on both decodes of a pair, with their 3D points.
+def nearest_pixels(xy: Float64, encoding: Encoding) -> Int64:
+    """Photo pixels [M, 2] to the nearest ones [M] of what the network saw of the whole photo, row · width + column."""
+    width, height = encoding.network_size
+    column, row = np.floor(encoding.transform.to_network(xy)).astype(np.int64).T
+    index: Int64 = row.clip(0, height - 1) * width + column.clip(0, width - 1)
+    return index
+
+
+PointsAt = Callable[[Int64, Int64], MatchedPoints]
+"""Pixels [M] of the first and of the second image (row · width + column) to the 3D points that they show."""
+
+
+def match_dense(
+    orders: tuple[PairPrediction, PairPrediction],
+    first: Encoding,
+    second: Encoding,
+    seeds: tuple[Int64, Int64] | None = None,
+) -> Putative:
+    """Reciprocal matches from some pixels of both images, on both decodes of a pair, with their 3D points.
 
     Args:
         orders: the prediction with the first image as the reference, and that with the second.
         first: encoding of the first image.
         second: encoding of the second image.
+        seeds: pixels of what the network sees, row · width + column, of either image; None: a grid.
     """
     forward, backward = orders
     # The descriptors are let go of once they are matched; the points need much less.
+    points_at = pair_points(orders)
+    if seeds is None:
+        step = max(grid_step(encoding.network_size) for encoding in (first, second))
+        matches = match_predictions(forward, backward, step)
+    else:
+        matches = match_predictions(forward, backward, (torch.from_numpy(seeds[0]), torch.from_numpy(seeds[1])))
+    index_first, index_second = matches.pairs.first.cpu().numpy(), matches.pairs.second.cpu().numpy()
+    return Putative(
+        xy_first=_grid_xy(index_first, first),
+        xy_second=_grid_xy(index_second, second),
+        confidence=matches.confidence.cpu().numpy(),
+        is_distinct=np.ones(len(index_first), np.bool_),
+        points=lambda numbers: points_at(index_first[numbers], index_second[numbers]),
+        frames=(shown(first), shown(second)),
+    )
+
+
+def pair_points(orders: tuple[PairPrediction, PairPrediction]) -> PointsAt:
+    """The 3D points of matched pixels, by both decodes of a pair; holds none of the descriptors."""
+    forward, backward = orders
     views = [view.points_at for view in (forward.first, forward.second, backward.first, backward.second)]
     device = forward.first.descriptors.device
-    step = max(_grid_step(view.descriptors) for view in (forward.first, forward.second))
-    matches = match_predictions(forward, backward, step)
-    index_first, index_second = matches.pairs.first.to(device), matches.pairs.second.to(device)
 
-    def points(numbers: Int64) -> MatchedPoints:
-        chosen = torch.from_numpy(numbers).to(device)
-        pixels = index_first[chosen], index_second[chosen]
+    def points_at(index_first: Int64, index_second: Int64) -> MatchedPoints:
+        pixels = torch.from_numpy(index_first).to(device), torch.from_numpy(index_second).to(device)
         return DecodedPoints(
             *(_as_array(at(index)[0]) for at, index in zip(views, (*pixels, *reversed(pixels)), strict=True))
         ).matched()
 
-    return Putative(
-        xy_first=_grid_xy(matches.pairs.first.cpu().numpy(), first),
-        xy_second=_grid_xy(matches.pairs.second.cpu().numpy(), second),
-        confidence=matches.confidence.cpu().numpy(),
-        is_distinct=np.ones(len(matches.confidence), bool),
-        points=points,
-        frames=(shown(first), shown(second)),
-    )
+    return points_at
 
 
 def _as_array(points: torch.Tensor) -> Float64:
@@ -126,9 +156,9 @@ def _grid_xy(index: Int64, encoding: Encoding) -> Float64:
     return encoding.transform.to_photo(upright) / encoding.transform.scale
 
 
-def _grid_step(descriptors: torch.Tensor) -> int:
-    """Pixels from one seed to the next, for MAX_SEEDS of them at most."""
-    height, width = descriptors.shape[:2]
+def grid_step(size: tuple[int, int]) -> int:
+    """Pixels from one seed to the next on an image of some width and height, for MAX_SEEDS of them at most."""
+    width, height = size
     return next(
         step
         for step in count(1)

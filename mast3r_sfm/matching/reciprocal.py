@@ -21,6 +21,9 @@ from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.matching.blocks import DescriptorMap
 from mast3r_sfm.types import PairPrediction
 
+Start = int | tuple[Tensor, Tensor]
+"""Where matches are sought from: the step of a grid of pixels in both maps, or pixels [K] of either."""
+
 ROUNDS = 10
 """Round trips after which a pixel that still moves is given up."""
 
@@ -158,20 +161,21 @@ def find_round_trips(
 
 
 def match_both_ways(
-    first: SearchableMap, second: SearchableMap, step: int, *, tolerance_px: float | None = None
+    first: SearchableMap, second: SearchableMap, start: Start, *, tolerance_px: float | None = None
 ) -> PixelPairs:
-    """Matches from a grid of pixels of the first map, then those from a grid of the second; not unique.
+    """Matches from some pixels of the first map, then those from some of the second; not unique.
 
     Args:
         first: one map.
         second: the other.
-        step: of both grids, in pixels.
-        tolerance_px: None: reciprocal search. Else the grid's pixels are matched by one round trip that ends less than
+        start: where from; see `Start`.
+        tolerance_px: None: reciprocal search. Else the start pixels are matched by one round trip that ends less than
             this far from its start.
     """
     found = []
-    for one, other in ((first, second), (second, first)):
-        seeds = grid_seeds(one.size, step, one.features.device)
+    for number, (one, other) in enumerate(((first, second), (second, first))):
+        device = one.features.device
+        seeds = grid_seeds(one.size, start, device) if isinstance(start, int) else start[number].to(device)
         if tolerance_px is None:
             found.append(find_reciprocal(one, other, seeds).pairs)
         else:
@@ -194,7 +198,7 @@ def match_prediction(prediction: PairPrediction, step: int, *, tolerance_px: flo
 
 
 @torch.inference_mode()
-def match_predictions(forward: PairPrediction, backward: PairPrediction, step: int) -> FusedMatches:
+def match_predictions(forward: PairPrediction, backward: PairPrediction, start: Start) -> FusedMatches:
     """Matches that either decode of a pair finds.
 
     Their confidence is the geometric mean of that of both pixels, in the first of the decodes that found the match.
@@ -202,14 +206,15 @@ def match_predictions(forward: PairPrediction, backward: PairPrediction, step: i
     Args:
         forward: the order (1, 2).
         backward: the order (2, 1), whose views are swapped.
-        step: of the grids of start pixels.
+        start: pixels of image 1 and image 2 to start from; see `Start`.
 
     Returns:
         pixels of image 1 and of image 2.
     """
     found, confidence = [], []
-    for prediction in (forward, backward):
-        pairs = _match(prediction, step, None)
+    swapped = start if isinstance(start, int) else start[::-1]
+    for prediction, begin in ((forward, start), (backward, swapped)):
+        pairs = _match(prediction, begin, None)
         found.append(pairs if prediction is forward else pairs.swapped)
         one, other = _confidence(prediction, pairs)
         confidence.append((one * other).sqrt())
@@ -217,12 +222,12 @@ def match_predictions(forward: PairPrediction, backward: PairPrediction, step: i
     return FusedMatches(pairs=pairs, confidence=torch.cat(confidence)[occurrence])
 
 
-def _match(prediction: PairPrediction, step: int, tolerance_px: float | None) -> PixelPairs:
+def _match(prediction: PairPrediction, start: Start, tolerance_px: float | None) -> PixelPairs:
     first, second = (
         DescriptorMap.build(view.descriptors, euclidean=prediction.euclidean)
         for view in (prediction.first, prediction.second)
     )
-    return match_both_ways(first, second, step, tolerance_px=tolerance_px)
+    return match_both_ways(first, second, start, tolerance_px=tolerance_px)
 
 
 def _confidence(prediction: PairPrediction, pairs: PixelPairs) -> tuple[Tensor, Tensor]:

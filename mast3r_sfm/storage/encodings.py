@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -50,6 +50,26 @@ class StoredEncodings(Sequence[Encoding]):
                 self._chunks.popitem(last=False)
         self._chunks.move_to_end(chunk)
         return self._chunks[chunk][row]
+
+
+class NumberedEncodings(Mapping[int, Encoding]):
+    """Encodings of some of the images, by the images' numbers."""
+
+    def __init__(self, images: Sequence[int], encodings: Sequence[Encoding]) -> None:
+        """Encoding k is that of the image `images[k]`."""
+        self._row = {image: row for row, image in enumerate(images)}
+        self._encodings = encodings
+
+    def __getitem__(self, image: int) -> Encoding:
+        """The encoding of an image. Raises KeyError where it has none."""
+        return self._encodings[self._row[image]]
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the images."""
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
 
 
 def pack(encodings: Sequence[Encoding]) -> tuple[Arrays, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from mast3r_sfm.config import fingerprint
 from mast3r_sfm.errors import ConfigError, InputError
 from mast3r_sfm.geometry.rigid import compose_poses, invert_pose, transform_points
 from mast3r_sfm.synthetic.covisibility import correspond
-from mast3r_sfm.synthetic.render import View
+from mast3r_sfm.synthetic.render import View, render
+from mast3r_sfm.synthetic.scene import Scene
 from mast3r_sfm.types import (
     Encoding,
     Float32,
@@ -36,6 +38,8 @@ _DESCRIPTOR = 24
 _TOKEN = 64
 _SEEN, _UNSEEN = 10.0, 1.5
 """Confidence of pixels that the other view sees, and of those that it does not."""
+_WINDOWS_IN_MEMORY = 256
+"""Rendered windows that are kept; another one costs a fraction of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +90,32 @@ class _Fourier:
         return result
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What an encoding shows: a view, or a window of it."""
+
+    name: str
+    window: tuple[float, float, float, float] | None = None
+    """Pixels of the window per pixel of the view, in x and y; the window's place of the view's first corner."""
+    size: tuple[int, int] = (0, 0)
+    """Of a window, in pixels."""
+
+    @property
+    def words(self) -> str:
+        """As a part of what noise depends on."""
+        return self.name if self.window is None else f"{self.name} {self.window} {self.size}"
+
+
 class OracleModel:
     """Satisfies `mast3r_sfm.models.base.DenseModel`; may be shared by threads."""
 
-    def __init__(self, views: Mapping[str, View], noise: OracleNoise | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        views: Mapping[str, View],
+        noise: OracleNoise | None = None,
+        seed: int = 0,
+        scene: Scene | None = None,
+    ) -> None:
         """Keep the views and what is derived from them.
 
         Args:
@@ -97,6 +123,7 @@ class OracleModel:
                 with the same shape.
             noise: how wrong it is; exact by default.
             seed: of the noise and the embeddings.
+            scene: what the views show; with it, windows of photos can be encoded, which are rendered anew.
 
         Raises:
             InputError: no views, views of different or too small sizes, or outlier pairs among fewer than three views.
@@ -116,8 +143,11 @@ class OracleModel:
         self._descriptors = _Fourier.draw(seed, _DESCRIPTOR, 8 * footprint, max(extent, 16 * footprint))
         places = _Fourier.draw(seed, _TOKEN, extent / 12, extent / 2)
         self._tokens = {name: places.embed(_patch_centres(view)).astype(np.float16) for name, view in views.items()}
+        self._places = places
+        self._scene = scene
         # Views with equal tokens are the same photo twice; either name stands for both.
-        self._name_of_tokens = {_digest(tokens): name for name, tokens in self._tokens.items()}
+        self._seen_of_tokens = {_digest(tokens): _Seen(name=name) for name, tokens in self._tokens.items()}
+        self._render = lru_cache(maxsize=_WINDOWS_IN_MEMORY)(self._render_window)
         poses = {name: view.cam_from_world.tolist() for name, view in views.items()}
         self.name = "oracle"
         self.images_at_once = 1
@@ -129,8 +159,11 @@ class OracleModel:
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
         """Describe images by the places that their patches of 16 px show; the pixels are not looked at.
 
+        An image that is not the whole photo, by its size and transform, is taken for a window of it.
+
         Raises:
-            InputError: an image is none of the oracle's views, is turned, or has another shape.
+            InputError: an image is none of the oracle's views, is turned, or has another shape; or it is a window, and
+                the oracle has no scene or the window is too small.
         """
         return [self._encode(image) for image in images]
 
@@ -146,9 +179,9 @@ class OracleModel:
             yield number, self._predict(first, second), self._predict(second, first)
 
     def _predict(self, first: Encoding, second: Encoding) -> PairPrediction:
-        names = (self._recognise(first), self._recognise(second))
-        rng = self._generator("pair", *names)
-        pair = self._as_seen(*names)
+        seen = (self._recognise(first), self._recognise(second))
+        rng = self._generator("pair", *(one.words for one in seen))
+        pair = self._as_seen(*seen)
         scale = np.exp(self.noise.log_scale * rng.standard_normal())
         focal = np.exp(self.noise.log_focal * rng.standard_normal())
         points, confidence, descriptors = [], [], []
@@ -181,39 +214,60 @@ class OracleModel:
                 f"{record.name}: {record.width_px}×{record.height_px} px, orientation {record.orientation}, does not "
                 f"show the oracle's view of {camera.width_px}×{camera.height_px} px; give upright photos of that shape"
             )
-        transform = PixelTransform(matrix=np.array([[ratio[0], 0.0, 0.0], [0.0, ratio[1], 0.0]]))
-        rows, columns = camera.height_px // PATCH_PX, camera.width_px // PATCH_PX
-        x, y = np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5)
-        xy = transform.to_photo(PATCH_PX * np.stack([x.ravel(), y.ravel()], axis=-1))
-        return Encoding(
-            tokens=self._tokens[record.name],
-            xy=xy.astype(np.float32),
-            attention=_contrast(view),
-            transform=transform,
-            network_size=(camera.width_px, camera.height_px),
-        )
+        whole = PixelTransform(matrix=np.array([[ratio[0], 0.0, 0.0], [0.0, ratio[1], 0.0]]))
+        if image.pixels.shape[:2] == view.depth.shape and np.allclose(image.transform.matrix, whole.matrix, atol=1e-6):
+            return _encoding(view, self._tokens[record.name], whole)
+        return self._encode_window(image, ratio)
 
-    def _recognise(self, encoding: Encoding) -> str:
-        """Name of the view that an encoding, which carries no name, came from: by its tokens, kept to the bit."""
+    def _encode_window(self, image: LoadedImage, ratio: tuple[float, float]) -> Encoding:
+        height, width = image.pixels.shape[:2]
+        ((across, _, left), (_, down, top)) = image.transform.matrix.tolist()
+        window = (ratio[0] / across, ratio[1] / down, -left / across, -top / down)
+        seen = _Seen(name=image.record.name, window=window, size=(width, height))
+        if min(width, height) < PATCH_PX:
+            raise InputError(f"{seen.name}: a window of {width}×{height} px is too small; give {PATCH_PX} px at least")
+        view = self._render(seen)
+        tokens = self._places.embed(_patch_centres(view)).astype(np.float16)
+        self._seen_of_tokens[_digest(tokens)] = seen
+        return _encoding(view, tokens, image.transform)
+
+    def _render_window(self, seen: _Seen) -> View:
+        camera = self._views[seen.name].camera
+        if self._scene is None or seen.window is None:
+            raise InputError(
+                f"{seen.name}: not the whole photo; give the oracle the scene, and it can render windows of the views"
+            )
+        across, down, x, y = seen.window
+        window_from_view = np.array([[across, 0.0, x], [0.0, down, y], [0.0, 0.0, 1.0]])
+        intrinsics = window_from_view @ camera.intrinsics
+        width, height = seen.size
+        return render(self._scene, replace(camera, intrinsics=intrinsics, width_px=width, height_px=height), samples=1)
+
+    def _recognise(self, encoding: Encoding) -> _Seen:
+        """What an encoding, which carries no name, came from: by its tokens, kept to the bit."""
         try:
-            return self._name_of_tokens[_digest(encoding.tokens)]
+            return self._seen_of_tokens[_digest(encoding.tokens)]
         except KeyError:
             raise InputError("this encoding was not made by this oracle; encode the photos again with it") from None
 
-    def _as_seen(self, first: str, second: str) -> tuple[View, View]:
+    def _as_seen(self, first: _Seen, second: _Seen) -> tuple[View, View]:
         """The pair's views, or what an outlier pair takes them for.
 
         The view that comes later by name is taken for a third one, in both orders. So the prediction is a rigid scene
         that passes every check of the pair by itself, as a repeated building does; only other pairs contradict it.
         """
-        if not self.is_outlier(first, second):
-            return self._views[first], self._views[second]
-        mistaken = max(first, second)
-        others = [name for name in sorted(self._views) if name not in (first, second)]
-        rng = self._generator("stand-in", *sorted((first, second)))
+        names = first.name, second.name
+        if not self.is_outlier(*names):
+            return self._view(first), self._view(second)
+        mistaken = max(names)
+        others = [name for name in sorted(self._views) if name not in names]
+        rng = self._generator("stand-in", *sorted(names))
         stand_in = others[int(rng.integers(len(others)))]
-        names = (stand_in if name == mistaken else name for name in (first, second))
-        return self._views[next(names)], self._views[next(names)]
+        taken = (replace(seen, name=stand_in) if seen.name == mistaken else seen for seen in (first, second))
+        return self._view(next(taken)), self._view(next(taken))
+
+    def _view(self, seen: _Seen) -> View:
+        return self._views[seen.name] if seen.window is None else self._render(seen)
 
     def _describe(self, view: View, rng: np.random.Generator) -> Float32:
         """[H, W, D] unit descriptors of the surface points, moved in the image by the pixel noise."""
@@ -233,6 +287,20 @@ def _as_prediction(points: Float64, confidence: Float64, descriptors: Float32) -
         descriptors=torch.from_numpy(descriptors),
         descriptor_confidence=sure,
         points_at=lambda index: (xyz[index], sure.flatten()[index]),
+    )
+
+
+def _encoding(view: View, tokens: NDArray[np.float16], transform: PixelTransform) -> Encoding:
+    camera = view.camera
+    rows, columns = camera.height_px // PATCH_PX, camera.width_px // PATCH_PX
+    x, y = np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5)
+    xy = transform.to_photo(PATCH_PX * np.stack([x.ravel(), y.ravel()], axis=-1))
+    return Encoding(
+        tokens=tokens,
+        xy=xy.astype(np.float32),
+        attention=_contrast(view),
+        transform=transform,
+        network_size=(camera.width_px, camera.height_px),
     )
 
 

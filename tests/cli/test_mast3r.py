@@ -79,11 +79,24 @@ def test_half_precision(dtype: str, model: Path, photos: Path, tmp_path: Path, r
     assert report["model"] == "dust3r"
 
 
+def test_resolution(model: Path, photos: Path, tmp_path: Path, run_here: Command) -> None:
+    fine = ("-o", tmp_path / "out", "--resolution", "fine")
+    result = run_here("reconstruct", photos, *fine, "--model", model, *SMALL)
+    assert result.code == 1
+    report = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert report["config"]["match"]["resolution"] == "fine"
+    result = run_here("reconstruct", photos, *fine, "--model", "xfeat")
+    assert result.code == 2
+    assert "match.resolution = 'fine': xfeat finds keypoints and matches no windows" in result.err
+    assert "set encode.max_size_px" in result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["--dtype", "float8"], "must be one of auto, float32, float16, bfloat16"),
         (["--dtype", "half"], "match.dtype = 'half'"),
+        (["--resolution", "full"], "must be one of auto, coarse, fine"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--device", "abacus"], "--device abacus: write auto, cpu, cuda, cuda:1 or mps"),
         (["--set", "encode.max_size_px=40"], "must be 0 (auto) or at least 64"),

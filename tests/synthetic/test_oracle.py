@@ -14,7 +14,9 @@ from mast3r_sfm.geometry.rigid import angle_between_rotations, transform_points
 from mast3r_sfm.models.base import DenseModel
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
-from mast3r_sfm.types import Encoding, Float64, LoadedImage, PairPrediction, Preparation
+from mast3r_sfm.synthetic.render import make_views
+from mast3r_sfm.synthetic.scenes import make_scene
+from mast3r_sfm.types import Encoding, Float64, LoadedImage, PairPrediction, PixelTransform, Preparation
 from tests.scenes import (
     HEIGHT_PX,
     WIDTH_PX,
@@ -274,7 +276,8 @@ def test_larger_photos_get_token_places_in_their_own_pixels() -> None:
     (name, view), *_ = facade_views().items()
     model = oracle(facade_views())
     (small,) = model.encode(load({name: view}))
-    loaded = replace(load({name: view})[0], record=record(name, view, scale=5))
+    five = PixelTransform(matrix=5 * np.eye(2, 3))
+    loaded = replace(load({name: view})[0], record=record(name, view, scale=5), transform=five)
     (large,) = model.encode([loaded])
     np.testing.assert_array_equal(large.tokens, small.tokens)
     np.testing.assert_allclose(large.xy, 5 * small.xy)
@@ -324,3 +327,75 @@ def test_wrong_settings_are_refused() -> None:
     two = dict(list(mixed.items())[:2])
     with pytest.raises(InputError, match="at least three views"):
         OracleModel(two, OracleNoise(outlier_pairs=0.5))
+
+
+BOX = (70, 40, 118, 80)
+"""Of a photo twice as large as the view: left, top, right, bottom."""
+
+
+def windows(names: tuple[str, str], box: tuple[int, int, int, int] = BOX, times: int = 2) -> list[LoadedImage]:
+    """A window of each of two photos, `times` as large as the views."""
+    left, top, right, bottom = box
+    return [
+        LoadedImage(
+            record=record(name, facade_views()[name], scale=times),
+            pixels=np.zeros((bottom - top, right - left, 3), np.uint8),
+            transform=PixelTransform(matrix=np.array([[1.0, 0.0, left], [0.0, 1.0, top]])),
+        )
+        for name in names
+    ]
+
+
+def test_windows_show_what_a_larger_photo_shows_there() -> None:
+    names = ("0001.jpg", "0003.jpg")
+    large = make_views("facade", 6, width_px=2 * WIDTH_PX, height_px=2 * HEIGHT_PX, samples=1)
+    model = OracleModel(facade_views(), scene=make_scene("facade"))
+    encodings = model.encode(windows(names))
+    left, top, right, bottom = BOX
+    for encoding in encodings:
+        assert encoding.network_size == (right - left, bottom - top)
+        assert encoding.tokens.shape == (3 * 2, 64)
+        np.testing.assert_allclose(encoding.xy[0], [left + 8, top + 8])
+    prediction = decode(model, *encodings)
+    first, second = (large[name].points_world[top:bottom, left:right] for name in names)
+    expected = [transform_points(large[names[0]].cam_from_world, points) for points in (first, second)]
+    np.testing.assert_allclose(prediction.points_in_first, np.stack(expected), rtol=1e-5, atol=1e-5)
+    # The same place has the same descriptor in a window and in a whole photo.
+    whole = model.encode(load({name: facade_views()[name] for name in names}))
+    mixed = decode_views(model, encodings[0], whole[1])
+    similarity = mixed[0].reshape(-1, mixed[0].shape[-1]) @ mixed[1].reshape(-1, mixed[1].shape[-1]).T
+    index = similarity.argmax(dim=1).numpy()
+    camera = facade_views()[names[1]].camera
+    true, _ = camera.project(first.reshape(-1, 3))
+    found = np.stack([index % WIDTH_PX, index // WIDTH_PX], axis=1) + 0.5
+    assert np.median(np.linalg.norm(found - true, axis=1)) < 0.6
+
+
+def decode_views(model: OracleModel, first: Encoding, second: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Descriptors of two views of different sizes."""
+    ((_, forward, _),) = model.predict([(first, second)])
+    return forward.first.descriptors, forward.second.descriptors
+
+
+def test_noise_of_windows_depends_on_their_place() -> None:
+    names = ("0001.jpg", "0003.jpg")
+    model = OracleModel(facade_views(), OracleNoise(depth_relative=0.02), scene=make_scene("facade"))
+    again = OracleModel(facade_views(), OracleNoise(depth_relative=0.02), scene=make_scene("facade"))
+    one = decode(model, *model.encode(windows(names)))
+    torch.testing.assert_close(
+        decode(again, *again.encode(windows(names))).points_in_first, one.points_in_first, rtol=0, atol=0
+    )
+    moved = decode(model, *model.encode(windows(names, (71, 40, 119, 80))))
+    assert (one.points_in_first[0, :, 1:, 2] - moved.points_in_first[0, :, :-1, 2]).abs().max() > 1e-3
+    exact = OracleModel(facade_views(), scene=make_scene("facade"))
+    truth = decode(exact, *exact.encode(windows(names)))
+    relative = (one.points_in_first[0, ..., 2] / truth.points_in_first[0, ..., 2] - 1).abs()
+    assert 0.002 < relative.mean() < 0.06
+
+
+def test_windows_need_the_scene_and_some_size() -> None:
+    with pytest.raises(InputError, match="not the whole photo; give the oracle the scene"):
+        oracle(facade_views()).encode(windows(("0001.jpg", "0003.jpg")))
+    model = OracleModel(facade_views(), scene=make_scene("facade"))
+    with pytest.raises(InputError, match="a window of 48×15 px is too small; give 16 px at least"):
+        model.encode(windows(("0001.jpg", "0003.jpg"), (0, 0, 48, 15)))
