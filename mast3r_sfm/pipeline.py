@@ -327,13 +327,13 @@ class _Run:
     ) -> list[ColmapModel]:
         report.key = fingerprint("map", map_stage.CODE_VERSION, report.key, self.config.map, self.config.seed)
         database = self.output / "database.db"
-        map_stage.write_matches(database, given, self.config.map.camera_model)
         settings = MapperSettings(
             config=self.config.map,
             pixel_scale=map_stage.photo_scale([encoding.transform.scale for encoding in encodings]),
             threads=self.threads,
             seed=self.config.seed,
         )
+        map_stage.write_matches(database, given, settings)
         refiner = Refiner(
             load_grey=lambda image: load_grey(photos.root, photos.records[image]),
             pixel_scale=settings.pixel_scale,

@@ -393,6 +393,16 @@ class Tracks:
             _check(value, (count,), f"Tracks.{name}")
         _check(self.xy, (count, 2), "Tracks.xy")
 
+    def joined(self, more: Tracks) -> Tracks:
+        """The same points with further observations behind those that they have."""
+        return Tracks(
+            points=self.points,
+            point=np.concatenate([self.point, more.point]),
+            image=np.concatenate([self.image, more.image]),
+            keypoint=np.concatenate([self.keypoint, more.keypoint]),
+            xy=np.concatenate([self.xy, more.xy]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +45,12 @@ class Mapper:
         self._settings = settings
         self._options = _mapper_options(settings)
 
-    def build(self, poses: Mapping[int, Float64]) -> ColmapModel:
+    def build(self, poses: Mapping[int, Float64], *, grow: bool = True) -> ColmapModel:
         """Triangulate from given poses, adjust everything, and register what else the model can hold.
 
         Args:
             poses: cam_from_world [3, 4] by image number (0-based), approximate.
+            grow: whether further images are tried.
         """
         self._hold_distortion(poses)
         reconstruction = pycolmap.Reconstruction()
@@ -63,15 +64,19 @@ class Mapper:
         triangulation = self._triangulation_options(len(poses))
         self._triangulate_all(mapper, reconstruction, triangulation)
         self._adjust(mapper, triangulation)
-        while self._register_more(mapper, triangulation):
+        while grow and self._register_more(mapper, triangulation):
             self._adjust(mapper, triangulation)
         self._settle_principal_points(mapper, reconstruction, triangulation)
         _one_observation_per_image(mapper.observation_manager, reconstruction)
-        return self._finish(mapper, reconstruction)
+        mapper.end_reconstruction(False)
+        return self._finish(reconstruction)
 
     def readjust(self, model: ColmapModel) -> ColmapModel:
-        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them."""
-        reconstruction = model.reconstruction
+        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
+
+        The database is not asked: observations may be there that it does not know.
+        """
+        reconstruction = pycolmap.Reconstruction(model.reconstruction)
         self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
         for number, camera in reconstruction.cameras.items():
             if camera.model != self._cache.camera(number).model:
@@ -79,31 +84,24 @@ class Mapper:
         options, bundle = _mapper_options(self._settings), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
-        mapper = pycolmap.IncrementalMapper(self._cache)
-        mapper.begin_reconstruction(reconstruction)
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
         # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
         # the raw ones, which err independently, showed.
         shifted = {number for number in used if not _is_centred(reconstruction.camera(number))}
         confirmed: set[int] = set()
         for _ in range(READJUSTMENTS):
-            bundle.refine_principal_point, options.constant_cameras = False, set()
-            mapper.adjust_global_bundle(options, bundle)
-            mapper.filter_points(options)
+            bundle.refine_principal_point = False
+            _adjust(reconstruction, options, bundle)
             bundle.refine_principal_point = True
             confirmed = shifted & off_centre_cameras(reconstruction, bundle).keys() if shifted else set()
             for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
                 camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
         if confirmed:
-            options.constant_cameras = used - confirmed
-            mapper.adjust_global_bundle(options, bundle)
-            mapper.filter_points(options)
-        mapper.filter_frames(options)
-        return self._finish(mapper, reconstruction)
+            _adjust(reconstruction, options, bundle, constant_cameras=used - confirmed)
+        return self._finish(reconstruction)
 
-    def _finish(self, mapper: pycolmap.IncrementalMapper, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
+    def _finish(self, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
         """All cameras in the model that was asked for, those whose distortion was held too."""
-        mapper.end_reconstruction(False)
         for camera in reconstruction.cameras.values():
             if camera.model.name != self._settings.config.camera_model:
                 _change_model(camera, self._settings.config.camera_model)
@@ -194,6 +192,28 @@ class Mapper:
     @property
     def _max_error(self) -> float:
         return self._settings.config.max_reprojection_error_px * self._settings.pixel_scale
+
+
+def _adjust(
+    reconstruction: pycolmap.Reconstruction,
+    options: pycolmap.IncrementalMapperOptions,
+    bundle: pycolmap.BundleAdjustmentOptions,
+    constant_cameras: Collection[int] = (),
+) -> None:
+    """Adjust all of a reconstruction, drop what does not fit, and take out images that hold nothing any more."""
+    config = pycolmap.BundleAdjustmentConfig()
+    for image in sorted(reconstruction.reg_image_ids()):
+        config.add_image(image)
+    for camera in sorted(constant_cameras):
+        config.set_constant_cam_intrinsics(camera)
+    config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    pycolmap.create_default_bundle_adjuster(bundle, config, reconstruction).solve()
+    manager = pycolmap.ObservationManager(reconstruction)
+    manager.filter_observations_with_negative_depth()
+    manager.filter_all_points3D(options.filter_max_reproj_error, options.filter_min_tri_angle)
+    bounds = options.min_focal_length_ratio, options.max_focal_length_ratio, options.max_extra_param
+    for frame in manager.filter_frames(*bounds, 1):
+        manager.deregister_frame(frame)
 
 
 def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:

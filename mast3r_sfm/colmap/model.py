@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pycolmap
+import scipy.sparse
+from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.types import Bool, Camera, Float64, ModelSummary, Tracks
@@ -29,6 +31,10 @@ class ColmapModel:
     def cam_from_world(self) -> dict[str, Float64]:
         """cam_from_world [3, 4] of every registered image, by name, sorted."""
         return {image.name: image.cam_from_world().matrix() for image in self._registered()}
+
+    def poses(self) -> dict[int, Float64]:
+        """cam_from_world [3, 4] of every registered image, by its number."""
+        return {image.image_id - 1: image.cam_from_world().matrix() for image in self._registered()}
 
     @property
     def cameras(self) -> dict[str, Camera]:
@@ -90,6 +96,39 @@ class ColmapModel:
         normalised = np.asarray(camera.cam_from_img(xy), np.float64).reshape(-1, 2)
         rays = np.concatenate([normalised, np.ones((len(normalised), 1))], axis=1) @ pose[:, :3]
         return -pose[:, :3].T @ pose[:, 3], rays / np.linalg.norm(rays, axis=1, keepdims=True)
+
+    def size(self, image: int) -> tuple[int, int]:
+        """Width and height of image number `image` in photo pixels."""
+        camera = self._reconstruction.camera(self._reconstruction.image(image + 1).camera_id)
+        return camera.width, camera.height
+
+    def groups(self, min_shared: int) -> list[list[int]]:
+        """Numbers of the registered images, in groups that chains of images with so many common points hold together.
+
+        Largest first; between groups, next to nothing says how they stand to each other.
+        """
+        tracks = self.tracks()
+        images = np.array(sorted(number - 1 for number in self._reconstruction.reg_image_ids()), np.int64)
+        sees = scipy.sparse.csr_array(
+            (np.ones(len(tracks.point)), (tracks.point, np.searchsorted(images, tracks.image))),
+            shape=(len(tracks.points), len(images)),
+        )
+        shared = ((sees.T @ sees) >= min_shared).astype(np.int64)
+        _, label = connected_components(shared, directed=False)
+        groups = [images[label == number].tolist() for number in range(label.max(initial=-1) + 1)]
+        return sorted(groups, key=lambda group: (-len(group), group))
+
+    def extended(self, more: Tracks) -> ColmapModel:
+        """A copy in which the points, in the order of `tracks`, have further observations, each a new keypoint."""
+        changed = pycolmap.Reconstruction(self._reconstruction)
+        numbers = sorted(self._reconstruction.point3D_ids())
+        for image in np.unique(more.image).tolist():
+            keypoints = changed.image(image + 1).points2D
+            for row in np.flatnonzero(more.image == image):
+                keypoints.append(pycolmap.Point2D(more.xy[row]))
+                element = pycolmap.TrackElement(image + 1, len(keypoints) - 1)
+                changed.add_observation(numbers[more.point[row]], element)
+        return ColmapModel(changed)
 
     def moved(self, tracks: Tracks, xy: Float64, kept: Bool) -> ColmapModel:
         """A copy whose observations `tracks` stand at `xy` [O, 2], without those that are not `kept` [O]."""

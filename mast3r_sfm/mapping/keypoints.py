@@ -6,47 +6,156 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
-from mast3r_sfm.types import Float64, PairMatches
+from mast3r_sfm.types import Bool, Float64, Int64, PairMatches
 
 Indices = dict[tuple[int, int], NDArray[np.uint32]]
+_NONE: Float64 = np.zeros((0, 2))
+_LEAST = 1e-3
+"""Weight of a pixel that only matches without confidence name."""
 
 
-def share_keypoints(matches: Sequence[PairMatches], num_images: int) -> tuple[list[Float64], Indices]:
-    """Gather the matched pixels of every image; the same pixel in two pairs is one keypoint.
+def share_keypoints(
+    matches: Sequence[PairMatches], num_images: int, radius_px: float = 0.0
+) -> tuple[list[Float64], Indices]:
+    """Gather the matched pixels of every image, and join the matches to tracks that see each image once.
+
+    Pixels of an image that lie within `radius_px` of the most confident among them become one keypoint, at their mean,
+    weighted by the confidence of their matches. Of matches that would give one image two keypoints in a track, the less
+    confident are dropped, so that such a track falls into parts.
 
     Args:
         matches: verified pairs.
         num_images: how many images the indices run over.
+        radius_px: photo pixels.
 
     Returns:
-        keypoints [K, 2] in photo pixels per image, sorted by x then y; keypoint indices [M, 2] of every pair, each
-        keypoint used at most once in a pair.
+        keypoints [K, 2] in photo pixels per image, sorted by x then y, no two within `radius_px`; keypoint indices
+        [M, 2] of every pair, each keypoint used at most once in a pair.
     """
-    sides: list[list[tuple[int, int, Float64]]] = [[] for _ in range(num_images)]
+    sides: list[list[tuple[int, int]]] = [[] for _ in range(num_images)]
     for pair, match in enumerate(matches):
-        sides[match.first].append((pair, 0, match.xy_first))
-        sides[match.second].append((pair, 1, match.xy_second))
+        sides[match.first].append((pair, 0))
+        sides[match.second].append((pair, 1))
     keypoints: list[Float64] = []
     columns = [np.zeros((len(match), 2), np.uint32) for match in matches]
     for image in sides:
-        # float32, as the database stores them: what is one number there is one keypoint.
-        stacked = np.concatenate([xy for _, _, xy in image] or [np.zeros((0, 2))]).astype(np.float32)
-        unique, inverse = np.unique(stacked, axis=0, return_inverse=True)
-        keypoints.append(unique.astype(np.float64))
+        xy = [(matches[pair].xy_first, matches[pair].xy_second)[side] for pair, side in image]
+        weight: list[Float64] = [matches[pair].confidence.astype(np.float64) for pair, _ in image]
+        places, place = _gather(np.concatenate([_NONE, *xy]), np.concatenate([_NONE[:, 0], *weight]), radius_px)
+        keypoints.append(places)
         start = 0
-        for pair, side, xy in image:
-            columns[pair][:, side] = inverse.ravel()[start : start + len(xy)]
-            start += len(xy)
+        for (pair, side), one in zip(image, xy, strict=True):
+            columns[pair][:, side] = place[start : start + len(one)]
+            start += len(one)
+    kept = [_one_to_one(columns[pair], match) for pair, match in enumerate(matches)]
+    consistent = _split_tracks(matches, columns, kept, np.array([len(xy) for xy in keypoints], np.int64))
     return keypoints, {
-        (match.first, match.second): _one_to_one(columns[pair], match) for pair, match in enumerate(matches)
+        (match.first, match.second): columns[pair][consistent[pair]] for pair, match in enumerate(matches)
     }
 
 
-def _one_to_one(indices: NDArray[np.uint32], match: PairMatches) -> NDArray[np.uint32]:
-    """Of several matches of one keypoint, the most confident."""
+def _gather(xy: Float64, confidence: Float64, radius_px: float) -> tuple[Float64, Int64]:
+    """Keypoints [K, 2] that stand for pixels [M, 2], and the keypoint [M] of each."""
+    # float32, as the database stores them: what is one number there is one keypoint.
+    unique, place = np.unique(xy.astype(np.float32), axis=0, return_inverse=True)
+    places, place = unique.astype(np.float64), np.asarray(place.ravel(), np.int64)
+    weight: Float64 = np.bincount(place, np.maximum(confidence, _LEAST), minlength=len(places)).astype(np.float64)
+    # Means of two groups may come closer than their members were; then these become one as well.
+    while radius_px > 0 and len(near := cKDTree(places).query_pairs(radius_px, output_type="ndarray")):
+        group = _groups(weight, near)
+        total = np.bincount(group, weight)
+        mean = np.stack([np.bincount(group, weight * places[:, axis]) / total for axis in (0, 1)], axis=1)
+        places, again = np.unique(mean.astype(np.float32), axis=0, return_inverse=True)
+        places, group = places.astype(np.float64), np.asarray(again.ravel(), np.int64)[group]
+        weight, place = np.bincount(group, weight, minlength=len(places)).astype(np.float64), group[place]
+    return places, place
+
+
+def _groups(weight: Float64, near: Int64) -> Int64:
+    """The group [K] of each place: the heaviest in its neighbourhood gathers its neighbours, then the next.
+
+    Args:
+        weight: [K] of the places.
+        near: [E, 2] places that are neighbours.
+    """
+    rank = np.empty(len(weight), np.int64)
+    rank[np.argsort(-weight, kind="stable")] = np.arange(len(weight))
+    both = np.concatenate([near, near[:, ::-1]])
+    group = np.full(len(weight), -1)
+    while (free := group < 0).any():
+        some = both[free[both].all(axis=1)]
+        best = np.where(free, rank, len(weight))
+        np.minimum.at(best, some[:, 0], rank[some[:, 1]])
+        centre = free & (best == rank)
+        group[centre] = rank[centre]
+        joining = some[centre[some[:, 1]]]
+        nearest = np.full(len(weight), len(weight))
+        np.minimum.at(nearest, joining[:, 0], rank[joining[:, 1]])
+        group[joining[:, 0]] = nearest[joining[:, 0]]
+    return np.asarray(np.unique(group, return_inverse=True)[1], np.int64)
+
+
+def _one_to_one(indices: NDArray[np.uint32], match: PairMatches) -> Int64:
+    """Of several matches of one keypoint, the most confident; ascending."""
     kept = np.argsort(-match.confidence, kind="stable")
     for side in (0, 1):
         kept = kept[np.unique(indices[kept, side], return_index=True)[1]]
         kept = kept[np.argsort(-match.confidence[kept], kind="stable")]
-    return indices[np.sort(kept)]
+    return np.sort(kept)
+
+
+def _split_tracks(
+    matches: Sequence[PairMatches], columns: Sequence[NDArray[np.uint32]], kept: Sequence[Int64], sizes: Int64
+) -> list[Int64]:
+    """The matches of each pair that remain when no track may hold two keypoints of one image.
+
+    Args:
+        matches: pairs.
+        columns: [M, 2] keypoint indices of each pair's matches.
+        kept: of each pair, the matches that are in question.
+        sizes: [N] keypoints of each image.
+    """
+    start = np.cumsum(sizes) - sizes
+    nodes = [
+        columns[pair][kept[pair]].astype(np.int64) + start[[match.first, match.second]]
+        for pair, match in enumerate(matches)
+    ]
+    ends = np.concatenate([np.zeros((0, 2), np.int64), *nodes])
+    confidence = np.concatenate([np.zeros(0), *(match.confidence[kept[pair]] for pair, match in enumerate(matches))])
+    shape = (int(sizes.sum()),) * 2
+    _, track = connected_components(coo_array((np.ones(len(ends)), ends.T), shape=shape), directed=False)
+    image = np.repeat(np.arange(len(sizes)), sizes)
+    seen, times = np.unique(np.stack([track, image], axis=1), axis=0, return_counts=True)
+    contradictory = np.zeros(shape[0], np.bool_)
+    contradictory[seen[times > 1, 0]] = True
+    good = ~contradictory[track[ends[:, 0]]] if len(ends) else np.zeros(0, np.bool_)
+    doubtful = np.flatnonzero(~good)
+    good[doubtful] = _join_greedily(ends[doubtful], confidence[doubtful], image)
+    parts = np.split(good, np.cumsum([len(rows) for rows in kept])[:-1]) if len(kept) else []
+    return [rows[part] for rows, part in zip(kept, parts, strict=True)]
+
+
+def _join_greedily(ends: Int64, confidence: Float64, image: Int64) -> Bool:
+    """Which matches [M] hold together tracks without contradiction, if the most confident are believed first."""
+    good = np.zeros(len(ends), np.bool_)
+    owner = {int(node): int(node) for node in np.unique(ends)}
+    members = {node: [node] for node in owner}
+    images = {node: {int(image[node])} for node in owner}
+    # Of equal ones the first by its keypoints, whatever the order of the pairs.
+    for row in np.lexsort((ends[:, 1], ends[:, 0], -confidence)).tolist():
+        first, second = owner[int(ends[row, 0])], owner[int(ends[row, 1])]
+        if first == second:
+            good[row] = True
+        elif images[first].isdisjoint(images[second]):
+            good[row] = True
+            if len(members[first]) < len(members[second]):
+                first, second = second, first
+            for node in members[second]:
+                owner[node] = first
+            members[first] += members.pop(second)
+            images[first] |= images.pop(second)
+    return good

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,19 @@ from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
-from mast3r_sfm.types import AlignmentResult, PairMatches, Rig, Tracks
+from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Tracks
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1
 """Share of its images' matched keypoints that a model must explain. Right models explain 0.4 and more on the sets at
 hand, a mostly wrong one 0.23. It is no proof: of an object without texture, a wrong model explained 0.6."""
+KEYPOINT_RADIUS = 1.0
+"""Pixels of matching within which what pairs and detectors find is one keypoint."""
+MIN_SHARED = 15
+"""Points that hold two images together. In right models, the least that ties an image to the others is 44; between two
+halves of a ring that hung on thin pairs, and stood to each other as it happened, it was 13."""
 MIN_REFINED_PX = 256
 """Long side of photos below which patches are no detail any more: of 96 px wide renderings, refined poses are worse."""
 MIN_OBSERVATIONS = 6
@@ -41,14 +46,14 @@ class MapInput:
     parts: Sequence[AlignmentResult]
 
 
-def write_matches(path: Path, given: MapInput, camera_model: str) -> None:
+def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
     """Write database.db with the shared keypoints and the verified pairs."""
     verified = trusted_matches(given)
-    keypoints, indices = share_keypoints(verified, len(given.names))
+    keypoints, indices = share_keypoints(verified, len(given.names), KEYPOINT_RADIUS * settings.pixel_scale)
     content = DatabaseContent(
         names=given.names,
         rig=given.rig,
-        camera_model=camera_model,
+        camera_model=settings.config.camera_model,
         keypoints=keypoints,
         matches=verified,
         indices=indices,
@@ -91,24 +96,40 @@ def build_models(
                 if given.names[image] not in taken
             }
             progress.advance()
-            if len(poses) < 2:
-                continue
-            model = mapper.build(poses)
-            share = model.observed_share
-            if len(model.cam_from_world) < 2 or model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
-                continue
-            if refiner is not None and _is_large_enough(model):
-                model = _refined(model, mapper, refiner)
-                update_keypoints(database, model.keypoints())
-            taken.update(model.cam_from_world)
-            models.append(model)
-            if share < DOUBTFUL_SHARE:
-                others = len(model.cam_from_world) - 1
-                progress.warn(
-                    f"the model of {min(model.cam_from_world)} and {others} more photos explains only {share:.0%} of "
-                    "their matches; its poses may be wrong"
-                )
+            for model in _coherent_models(mapper, poses):
+                share = model.observed_share
+                if model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE or taken & model.cam_from_world.keys():
+                    continue
+                final = model
+                if refiner is not None and _is_large_enough(model):
+                    final = _refined(model, mapper, refiner)
+                    update_keypoints(database, final.keypoints())
+                taken.update(final.cam_from_world)
+                models.append(final)
+                if share < DOUBTFUL_SHARE:
+                    others = len(final.cam_from_world) - 1
+                    progress.warn(
+                        f"the model of {min(final.cam_from_world)} and {others} more photos explains only {share:.0%} "
+                        "of their matches; its poses may be wrong"
+                    )
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+
+
+def _coherent_models(mapper: Mapper, poses: Mapping[int, Float64]) -> Iterator[ColmapModel]:
+    """The model that poses lead to; its groups each by itself, where next to nothing holds them together."""
+    waiting = [(poses, True)]
+    while waiting:
+        some, grow = waiting.pop(0)
+        if len(some) < 2:
+            continue
+        model = mapper.build(some, grow=grow)
+        groups = model.groups(MIN_SHARED)
+        if len(groups) == 1:
+            yield model
+            continue
+        # A group by itself takes in no others: it would grow to what has just been taken apart.
+        found = model.poses()
+        waiting += [({image: found[image] for image in group}, False) for group in groups]
 
 
 def _is_large_enough(model: ColmapModel) -> bool:
@@ -116,12 +137,14 @@ def _is_large_enough(model: ColmapModel) -> bool:
 
 
 def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapModel:
-    """The model adjusted to refined observations; as it was where these do not hold all of its images."""
+    """The model adjusted to refined and further observations; as it was where these do not hold all of its images."""
     tracks = model.tracks()
     refined = refiner.refine(tracks, model)
     adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
     same_images = adjusted.cam_from_world.keys() == model.cam_from_world.keys()
-    return adjusted if same_images and _holds_all(adjusted, tracks) else model
+    if not same_images or not _holds_all(adjusted, tracks):
+        return model
+    return mapper.readjust(adjusted.extended(refiner.extend(adjusted.tracks(), adjusted)))
 
 
 def _holds_all(adjusted: ColmapModel, before: Tracks) -> bool:

@@ -75,9 +75,12 @@ def match_hard_pair(
 
 
 def hanging_pairs(edges: Sequence[EpipolarEdge], num_images: int) -> list[int]:
-    """Numbers of the pairs within small parts, or between parts, of those that strong edges connect."""
+    """Numbers of the pairs within small parts, or between parts, of those that strong edges connect; none if all images
+    are one part."""
     part = _parts(edges, _are_strong(edges), num_images)
     size = np.bincount(part)
+    if len(size) < 2:
+        return []
     return [
         number
         for number, edge in enumerate(edges)
