@@ -27,6 +27,7 @@ def noise(seed: int, count: int) -> Putative:
         xy_first=random_pixels(rng, count),
         xy_second=random_pixels(rng, count),
         confidence=rng.random(count).astype(np.float32),
+        is_distinct=np.ones(count, np.bool_),
     )
 
 
@@ -111,7 +112,7 @@ def test_chance_is_never_a_link() -> None:
 
 @pytest.mark.parametrize(
     ("count", "verdict"),
-    [(0, Verdict.TOO_FEW), (7, Verdict.TOO_FEW), (8, Verdict.TOO_FEW), (19, Verdict.TOO_FEW), (20, Verdict.WEAK)],
+    [(0, Verdict.TOO_FEW), (7, Verdict.TOO_FEW), (8, Verdict.TOO_FEW), (14, Verdict.TOO_FEW), (15, Verdict.WEAK)],
 )
 def test_few_matches_are_named_so(count: int, verdict: Verdict) -> None:
     edge = check_pair((3, 5), noise(0, count), CONFIG, 0)
@@ -123,7 +124,7 @@ def test_few_matches_are_named_so(count: int, verdict: Verdict) -> None:
 def test_the_threshold_is_the_documented_one() -> None:
     scene = ring(2, turn_deg=40)
     exact, _ = scene.putative(0, 1)
-    for count, verdict in ((22, Verdict.WEAK), (23, Verdict.GOOD)):  # 20 + 0.12·22 = 22.64; 20 + 0.12·23 = 22.76
+    for count, verdict in ((17, Verdict.WEAK), (18, Verdict.GOOD)):  # 15 + 0.12·17 = 17.04; 15 + 0.12·18 = 17.16
         edge = check_pair((0, 1), exact.subset(np.arange(count)), CONFIG, 0)
         assert len(edge.xy_first) == count
         assert edge.verdict is verdict

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.hard import match_hard_pair, settle_hanging_pairs
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Encoding, Verdict, ViewGraph
-from tests.exact import Describer, Listener, Scene, all_pairs, ring
+from tests.exact import Describer, Listener, Scene, all_pairs, no_sift, ring
 
 CONFIG = MatchConfig()
+NONE = np.zeros(0, np.int64)
 
 
 class HardDescriber(Describer):
@@ -122,7 +124,8 @@ def test_a_pair_is_matched_by_the_slow_matcher(scene: Scene) -> None:
     model = HardDescriber(scene, strangers=100)
     assert isinstance(model, KeypointModel)
     encodings = model.encodings()
-    found = match_hard_pair(model, (2, 4), (encodings[2], encodings[4]), CONFIG, 0)
+    checker = PairChecker(model=model, encodings=encodings, config=CONFIG, seed=0, threads=1)
+    found = match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), scene.putative(2, 4)[0].subset(NONE))
     assert (found.first, found.second) == (2, 4)
     assert found.verdict is Verdict.GOOD
     assert found.num_putative == len(found.xy_first) == int((scene.sees(2) & scene.sees(4)).sum())
@@ -142,7 +145,10 @@ def make_matcher(scene: Scene) -> tuple[Matcher, HardDescriber]:
         tokens[: seen.sum()] = names[seen] + 0.2 * rng.normal(size=(seen.sum(), 64))
         tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
         encodings[image] = replace(encodings[image], tokens=tokens.astype(np.float16))
-    return Matcher(model=model, encodings=encodings, config=CONFIG, seed=0, threads=2), model
+    checker = PairChecker(
+        model=model, encodings=encodings, config=replace(CONFIG, features="model"), seed=0, threads=2
+    )
+    return Matcher(checker=checker, num_images=6, detect_sift=no_sift), model
 
 
 def test_the_stage_asks_once_and_remembers_the_answer(scene: Scene, tmp_path: Path) -> None:
