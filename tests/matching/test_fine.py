@@ -48,7 +48,7 @@ FINE = MatchConfig(resolution="fine")
 
 
 class PixelModel:
-    """Knows each pixel again by its colour, and notes what it is asked."""
+    """Knows each pixel again by its colour, which also says where it lies in space; notes what it is asked."""
 
     name = "pixels"
     fingerprint = "0" * 64
@@ -84,13 +84,14 @@ class PixelModel:
             yield number, PairPrediction(first=first, second=second), PairPrediction(first=second, second=first)
 
     def _view(self, encoding: Encoding) -> ViewPrediction:
+        colours = torch.from_numpy(encoding.tokens.astype(np.float32))
         phase = encoding.tokens.astype(np.float64) @ self._waves
         values = np.concatenate([np.cos(phase), np.sin(phase)], axis=1).astype(np.float32) / 4
         shape = encoding.network_size[::-1]
         return ViewPrediction(
             descriptors=torch.from_numpy(values).reshape(*shape, -1),
             descriptor_confidence=torch.ones(shape),
-            points_at=lambda index: (torch.stack([index, 2 * index, 3 * index], dim=1).float(), torch.ones(len(index))),
+            points_at=lambda index: (colours[index], torch.ones(len(index))),
         )
 
 
