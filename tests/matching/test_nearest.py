@@ -98,3 +98,76 @@ def test_nothing_matches_nothing(a: int, b: int) -> None:
         assert pairs.dtype == np.int64
         assert similarity.shape == ratio.shape == (0,)
         assert similarity.dtype == ratio.dtype == np.float32
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(["random", "smooth"]), COUNTS, COUNTS, st.integers(0, 10_000))
+def test_swapping_the_images_changes_nothing(kind: str, a: int, b: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # In general position: of equal neighbours, which one counts depends on the order.
+    first, second = (unit(descriptors(kind, rng, count) + rng.normal(0, 1e-2, (count, 8))) for count in (a, b))
+    found = mutual_nearest(torch.from_numpy(first), torch.from_numpy(second), -1.0)
+    swapped = mutual_nearest(torch.from_numpy(second), torch.from_numpy(first), -1.0)
+    order = np.argsort(swapped.pairs[:, 1])
+    np.testing.assert_array_equal(swapped.pairs[order][:, ::-1], found.pairs)
+    np.testing.assert_allclose(swapped.ratio[order], found.ratio, atol=1e-3)
+
+
+def unit(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def directions(*angles_deg: float) -> NDArray[np.float32]:
+    """Descriptors in the plane; two at an angle a are 2·sin(a/2) apart."""
+    angles = np.radians(angles_deg)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def test_the_ratio_is_of_distances_and_the_worse_of_both_directions() -> None:
+    first, second = directions(0, 70, 100), directions(10, 130)
+    for one, other in ((first, second), (second, first)):
+        for found in both(one, other, -1.0):
+            # 0 and 10 match; the second nearest of 0 is at 130, of 10 at 60. 100 and 130 match; second of 100: 90, of
+            # 130: 60.
+            expected = np.sin(np.radians([5, 15])) / np.sin(np.radians([30, 30]))
+            np.testing.assert_allclose(found.ratio, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("duplicated", ["first", "second", "both"])
+def test_a_descriptor_that_stands_twice_is_not_distinct(duplicated: str) -> None:
+    rng = np.random.default_rng(0)
+    first = unit(rng.normal(size=(20, 16)))
+    second = unit(first + 0.1 * rng.normal(size=first.shape))
+    doubled = {"first": (first, None), "second": (None, second), "both": (first, second)}[duplicated]
+    one, other = (
+        values if again is None else np.concatenate([values, again[:5]])
+        for values, again in zip((first, second), doubled, strict=True)
+    )
+    for found in both(one, other, 0.5):
+        is_doubled = np.isin(found.pairs[:, 0] % 20, np.arange(5))
+        assert is_doubled.sum() >= 5
+        np.testing.assert_allclose(found.ratio[is_doubled], 1, atol=1e-3)
+        assert found.ratio[~is_doubled].max() < 0.7
+
+
+def test_descriptors_without_any_rival_are_distinct() -> None:
+    for found in both(directions(0), directions(90), -1.0):
+        np.testing.assert_array_equal(found.pairs, [[0, 0]])
+        # Compared with the opposite descriptor, the most distant there is.
+        np.testing.assert_allclose(found.ratio, [np.sqrt(2) / 2], rtol=1e-5)
+    for found in both(directions(0), directions(0), -1.0):
+        assert 0 < found.ratio[0] < 1e-3  # not 0/0
+    # One in one image only: the other direction has no rival.
+    for found in both(directions(0), directions(20, 180), -1.0):
+        np.testing.assert_allclose(found.ratio, [np.sin(np.radians(10)) / 1], rtol=1e-4)
+
+
+def test_equal_distances_have_a_ratio_of_one_at_most() -> None:
+    """Rounding must not lift it beyond."""
+    rng = np.random.default_rng(3)
+    first = unit(rng.normal(size=(400, 64)))
+    second = np.concatenate([first, first])[rng.permutation(800)]
+    found = mutual_nearest(torch.from_numpy(first), torch.from_numpy(second), 0.9)
+    assert len(found.pairs) > 300
+    assert found.ratio.max() <= 1
+    assert found.ratio.min() > 0.5
