@@ -1,7 +1,7 @@
 """How many matches agree by chance: pairs of photos of different places through matching and the two-view check.
 
-What the thresholds of the match stage rest on: for the default model's keypoints, for SIFT's, and for both, the distinct
-matches that agree with one epipolar geometry. Ends with one line of JSON.
+What the thresholds of the match stage rest on: the distinct matches that agree with one epipolar geometry, of the
+default model's keypoints, of SIFT's, and of both. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def check(
     """One pair as the match stage does it, in the pixels of the default model."""
     first, second = pair
     parts = [
-        match_keypoints(
-            (source.encodings[first], source.encodings[second]), source, (pixels[first], pixels[second])
-        )
+        match_keypoints((source.encodings[first], source.encodings[second]), source, (pixels[first], pixels[second]))
         for source in sources
     ]
     return check_pair(pair, join_putative(parts), config, seed=0)

@@ -83,7 +83,7 @@ class Flags:
 @click.option(
     "--features",
     metavar="NAME",
-    help="What is matched: model, sift or both; auto: the model's, and SIFT's too where photos hang together by little.  "
+    help="What is matched: model, sift or both; auto: the model's, and SIFT's too where little ties photos together.  "
     "[default: auto]",
 )
 @click.option(

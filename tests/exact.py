@@ -19,6 +19,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.rigid import (
     camera_centre,
     compose_poses,
@@ -27,7 +28,6 @@ from mast3r_sfm.geometry.rigid import (
     rotation_from_axis_angle,
     transform_points,
 )
-from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.check import Putative
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.progress import SilentProgress

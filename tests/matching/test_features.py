@@ -177,9 +177,7 @@ def test_auto_asks_for_the_images_of_hanging_pairs_only(scene: Scene, tmp_path: 
     setup = Setup(scene, "auto", blind=(4,))
     graph = all_pairs(NUMBER)
     pairs = graph.pairs[[4 not in pair or 2 in pair or 9 in pair for pair in graph.pairs.tolist()]]
-    few = ViewGraph(
-        num_images=NUMBER, pairs=pairs, score=graph.score[: len(pairs)], reason=graph.reason[: len(pairs)]
-    )
+    few = ViewGraph(num_images=NUMBER, pairs=pairs, score=graph.score[: len(pairs)], reason=graph.reason[: len(pairs)])
     edges, _ = setup.matcher().check_graph(few, StageCache(tmp_path, "match", "key", Listener()), Listener())
     assert setup.sift.asked == [[2, 4, 9]]
     assert [(edge.first, edge.second) for edge in edges] == [tuple(pair) for pair in pairs.tolist()]

@@ -250,9 +250,7 @@ def make_matcher(scene: Scene) -> tuple[Matcher, HardDescriber]:
         tokens[: seen.sum()] = names[seen] + 0.2 * rng.normal(size=(seen.sum(), 64))
         tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
         encodings[image] = replace(encodings[image], tokens=tokens.astype(np.float16))
-    checker = PairChecker(
-        model=model, encodings=encodings, config=replace(CONFIG, features="model"), seed=0, threads=2
-    )
+    checker = PairChecker(model=model, encodings=encodings, config=replace(CONFIG, features="model"), seed=0, threads=2)
     return Matcher(checker=checker, num_images=6, detect_sift=no_sift), model
 
 

@@ -111,7 +111,9 @@ def test_every_photo_is_encoded_once_and_stands_in_its_place(
     assert (listener.steps, listener.finished) == (PHOTOS, 1)
 
 
-@pytest.mark.parametrize(("images_at_once", "sizes"), [(1, [1] * 7), (2, [2, 1, 2, 1, 1]), (3, [3, 3, 1]), (10, [3, 3, 1])])
+@pytest.mark.parametrize(
+    ("images_at_once", "sizes"), [(1, [1] * 7), (2, [2, 1, 2, 1, 1]), (3, [3, 3, 1]), (10, [3, 3, 1])]
+)
 def test_batches_are_as_large_as_the_model_wants_them(
     tmp_path: Path, records: list[ImageRecord], images_at_once: int, sizes: list[int]
 ) -> None:
