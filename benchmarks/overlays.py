@@ -18,10 +18,10 @@ from common import data_root
 from PIL import Image, ImageDraw, ImageOps
 from retrieval_purity import encode_all
 
-from mast3r_sfm.config import Config
-from mast3r_sfm.matching.check import check_pair
+from mast3r_sfm.config import Config, MatchConfig
+from mast3r_sfm.matching.check import Putative, check_pair
 from mast3r_sfm.matching.overlay import overlay_matches
-from mast3r_sfm.matching.putative import match_keypoints
+from mast3r_sfm.matching.putative import KeypointSource, match_keypoints
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.models.registry import load_model
 from mast3r_sfm.types import Encoding, ImageRecord, LoadedImage, PixelTransform, Verdict
@@ -83,13 +83,19 @@ def encode_under(model: KeypointModel, overlay: Callable[[Image.Image], None]) -
     return encodings, places
 
 
+def match(views: tuple[Encoding, Encoding], config: MatchConfig) -> Putative:
+    """By the model's keypoints."""
+    source = KeypointSource(encodings=views, min_similarity=config.min_similarity, max_ratio=config.max_ratio)
+    return match_keypoints(views, source, views)
+
+
 def judge(encodings: Sequence[Encoding], places: Sequence[str]) -> dict[str, int]:
     """Pairs of different places, how many are taken for links with and without the overlay known, and named."""
     config = Config().match
     figures = {"pairs": 0, "links": 0, "links_if_unknown": 0, "named": 0}
     for first, second in combinations(range(len(places)), 2):
         if places[first] != places[second]:
-            putative = match_keypoints(encodings[first], encodings[second], config)
+            putative = match((encodings[first], encodings[second]), config)
             edge = check_pair((first, second), putative, config, seed=0)
             blind = check_pair((first, second), replace(putative, frames=None), config, seed=0)
             figures["pairs"] += 1
@@ -105,7 +111,7 @@ def count_in_plain_photos() -> tuple[int, int]:
     seen = pairs = 0
     for first, second in combinations(range(len(places)), 2):
         if places[first] == places[second] and second - first <= NEIGHBOURS:
-            putative = match_keypoints(encodings[first], encodings[second], Config().match)
+            putative = match((encodings[first], encodings[second]), Config().match)
             if putative.frames is not None:
                 pairs += 1
                 seen += bool(overlay_matches(putative.xy_first, putative.xy_second, putative.frames).any())

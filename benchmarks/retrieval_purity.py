@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from mast3r_sfm.config import Config, PairsConfig
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.models.base import ImageModel
 from mast3r_sfm.models.registry import load_model
 from mast3r_sfm.progress import SilentProgress
 from mast3r_sfm.retrieval.stage import build_view_graph
@@ -37,10 +38,10 @@ SAME_PLACE = {
 }
 
 
-def encode_all() -> tuple[list[Encoding], list[str]]:
-    """The encodings of all photos with the default model, and the place each shows."""
+def encode_all(model: ImageModel | None = None) -> tuple[list[Encoding], list[str]]:
+    """The encodings of all photos with a model (by default XFeat), and the place each shows."""
     config = Config()
-    model = load_model("xfeat", device="cpu", config=config.encode)
+    model = model or load_model("xfeat", device="cpu", config=config.encode)
     encodings, places = [], []
     for name in common.all_sets():
         if name.startswith(("mix_", "junk_")):

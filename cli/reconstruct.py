@@ -32,6 +32,7 @@ class Flags:
     assignments: tuple[str, ...]
     model: str | None
     seed: int | None
+    features: str | None
     resolution: str | None
     camera_model: str | None
     single_camera: bool
@@ -59,6 +60,7 @@ class Flags:
             "encode.model": self.model,
             "match.dtype": self.dtype,
             "seed": self.seed,
+            "match.features": self.features,
             "match.resolution": self.resolution,
             "map.camera_model": self.camera_model,
         }
@@ -78,6 +80,12 @@ class Flags:
     help="auto (the best that is installed), xfeat, mast3r, … or the path of a checkpoint.  [default: auto]",
 )
 @settings_options
+@click.option(
+    "--features",
+    metavar="NAME",
+    help="What is matched: model, sift or both; auto: the model's, and SIFT's too where little ties photos together.  "
+    "[default: auto]",
+)
 @click.option(
     "--resolution",
     metavar="NAME",

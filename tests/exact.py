@@ -19,6 +19,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.rigid import (
     camera_centre,
     compose_poses,
@@ -28,6 +29,7 @@ from mast3r_sfm.geometry.rigid import (
     transform_points,
 )
 from mast3r_sfm.matching.check import Putative
+from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.progress import SilentProgress
 from mast3r_sfm.synthetic.cameras import look_at
 from mast3r_sfm.types import (
@@ -85,7 +87,12 @@ class Scene:
         is_true = np.arange(len(xy_first)) < len(seen)
         order = rng.permutation(len(xy_first))
         confidence = rng.uniform(0.8, 1.0, len(xy_first)).astype(np.float32)
-        putative = Putative(xy_first=xy_first[order], xy_second=xy_second[order], confidence=confidence)
+        putative = Putative(
+            xy_first=xy_first[order],
+            xy_second=xy_second[order],
+            confidence=confidence,
+            is_distinct=np.ones(len(xy_first), np.bool_),
+        )
         return putative, is_true[order]
 
     def matches(self, first: int, second: int, *, scale: float = 1.0, photo_scale: float = 1.0) -> PairMatches:
@@ -192,6 +199,11 @@ class Describer:
         """What encoding all images would give."""
         return [self._encoding(image) for image in range(len(self._scene.poses))]
 
+    def match_hard(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Finds nothing."""
+        del first, second
+        return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
+
     def _encoding(self, image: int) -> Encoding:
         rng = np.random.default_rng([self._seed, 4, image])
         seen = np.flatnonzero(self._scene.sees(image))
@@ -218,6 +230,17 @@ def all_pairs(number: int) -> ViewGraph:
         score=np.ones(len(pairs), np.float32),
         reason=np.full(len(pairs), Reason.EXHAUSTIVE, np.int32),
     )
+
+
+def keypoint_source(encodings: Sequence[Encoding] = (), config: MatchConfig | None = None) -> KeypointSource:
+    """A model's own keypoints, as the match stage takes them."""
+    config = config or MatchConfig()
+    return KeypointSource(encodings=encodings, min_similarity=config.min_similarity, max_ratio=config.max_ratio)
+
+
+def no_sift(images: Sequence[int]) -> KeypointSource:
+    """SIFT where it must not be asked for."""
+    raise AssertionError(f"SIFT of {images} is not needed")
 
 
 class Listener(SilentProgress):

@@ -114,11 +114,11 @@ class Putative:
 
 
 def min_significant_inliers(num_putative: int, config: MatchConfig) -> float:
-    """Inliers below which an epipolar geometry is no evidence.
+    """Distinct inliers below which an epipolar geometry is no evidence.
 
-    Among N random matches, RANSAC finds a geometry that fits a share of them by chance: the more matches, the more.
-    Of 1,300 pairs of photos of different places (benchmarks/chance_matches.py) 99 % stay below 18 + 0.12·N, and 8 reach
-    beyond 20 + 0.12·N: those are left to the slow matcher and to alignment.
+    Among N distinct random matches, RANSAC finds a geometry that fits a share of them by chance: the more matches, the
+    more. Of 1,300 pairs of photos of different places (benchmarks/chance_matches.py), none has more than 12 by XFeat's
+    keypoints; 99 % stay below 8 + 0.12·N, and none reaches beyond 9 + 0.12·N.
     """
     return config.min_inliers + config.chance_share * num_putative
 

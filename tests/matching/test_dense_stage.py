@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching import stage
+from mast3r_sfm.matching import checker, stage
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
+from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.models.base import DenseModel
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Encoding, LoadedImage, PairPrediction, PixelTransform, Preparation, ViewPrediction
-from tests.exact import Listener, all_pairs
+from tests.exact import Listener, all_pairs, no_sift
 
 SIZES = [(8, 6), (6, 8), (8, 6), (8, 6), (6, 8), (8, 6)]
 PIXELS = 48
@@ -90,6 +91,11 @@ class Encodings(Sequence[Encoding]):
         )
 
 
+def make_matcher(model: Numbered, encodings: Encodings, threads: int) -> Matcher:
+    own = PairChecker(model=model, encodings=encodings, config=MatchConfig(), seed=0, threads=threads)
+    return Matcher(checker=own, num_images=len(SIZES), detect_sift=no_sift)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 4, 100])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_pair_gets_its_own_answer(
@@ -101,11 +107,11 @@ def test_every_pair_gets_its_own_answer(
         given[pair] = putative
         return check_pair(pair, putative, config, seed)
 
-    monkeypatch.setattr(stage, "check_pair", note)
+    monkeypatch.setattr(checker, "check_pair", note)
     monkeypatch.setattr(stage, "PAIRS_PER_CHUNK", 10)
     model, encodings, listener = Numbered(at_once), Encodings(), Listener()
     assert isinstance(model, DenseModel)
-    matcher = Matcher(model=model, encodings=encodings, config=MatchConfig(), seed=0, threads=threads)
+    matcher = make_matcher(model, encodings, threads)
     cache = StageCache(tmp_path, "match", "key", listener)
     graph = all_pairs(len(SIZES))
     edges, resumed = matcher.check_graph(graph, cache, listener)
@@ -144,6 +150,6 @@ def test_an_error_of_the_model_ends_the_stage(tmp_path: Path, monkeypatch: pytes
         raise ValueError(f"cannot decode {pairs}")
 
     monkeypatch.setattr(model, "predict", fail)
-    matcher = Matcher(model=model, encodings=Encodings(), config=MatchConfig(), seed=0, threads=2)
+    matcher = make_matcher(model, Encodings(), 2)
     with pytest.raises(ValueError, match="cannot decode"):
         matcher.check_graph(all_pairs(6), StageCache(tmp_path, "match", "key", Listener()), Listener())

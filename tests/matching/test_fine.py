@@ -17,7 +17,8 @@ from mast3r_sfm.config import EncodeConfig, MatchConfig
 from mast3r_sfm.errors import ConfigError
 from mast3r_sfm.images.framing import photo_from_window, turned_by
 from mast3r_sfm.images.loading import DecodedPhoto, decode_photo, load_image
-from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, check_pair
+from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.fine import FineMatcher, _Matches, _one_to_one, resolve_resolution
 from mast3r_sfm.matching.putative import match_dense, pair_points
 from mast3r_sfm.matching.stage import Matcher
@@ -40,14 +41,14 @@ from mast3r_sfm.types import (
     Verdict,
     ViewPrediction,
 )
-from tests.exact import Listener, all_pairs
+from tests.exact import Listener, all_pairs, no_sift
 from tests.scenes import photo_folder
 
 FINE = MatchConfig(resolution="fine")
 
 
 class PixelModel:
-    """Knows each pixel again by its colour, and notes what it is asked."""
+    """Knows each pixel again by its colour, which also says where it lies in space; notes what it is asked."""
 
     name = "pixels"
     fingerprint = "0" * 64
@@ -83,13 +84,14 @@ class PixelModel:
             yield number, PairPrediction(first=first, second=second), PairPrediction(first=second, second=first)
 
     def _view(self, encoding: Encoding) -> ViewPrediction:
+        colours = torch.from_numpy(encoding.tokens.astype(np.float32))
         phase = encoding.tokens.astype(np.float64) @ self._waves
         values = np.concatenate([np.cos(phase), np.sin(phase)], axis=1).astype(np.float32) / 4
         shape = encoding.network_size[::-1]
         return ViewPrediction(
             descriptors=torch.from_numpy(values).reshape(*shape, -1),
             descriptor_confidence=torch.ones(shape),
-            points_at=lambda index: (torch.stack([index, 2 * index, 3 * index], dim=1).float(), torch.ones(len(index))),
+            points_at=lambda index: (colours[index], torch.ones(len(index))),
         )
 
 
@@ -137,6 +139,7 @@ class Shifted:
             xy_first=xy[0],
             xy_second=xy[1],
             confidence=np.ones(400, np.float32),
+            is_distinct=np.ones(400, np.bool_),
             points_first=None,
             points_second=None,
             fundamental=np.eye(3),
@@ -166,8 +169,9 @@ def shifted(folder: Path, orientations: tuple[int, ...] = (1, 1)) -> Shifted:
     return Shifted(root=folder, records=tuple(records))
 
 
-def some_points(first: Int64, second: Int64) -> tuple[Float64, Float64]:
-    return np.repeat(first[:, None], 3, 1).astype(np.float64), np.repeat(second[:, None], 3, 1).astype(np.float64)
+def some_points(first: Int64, second: Int64) -> MatchedPoints:
+    points = (np.repeat(index[:, None], 3, 1).astype(np.float64) for index in (first, second))
+    return MatchedPoints(first=next(points), second=next(points), decode_disagreement_deg=0.0)
 
 
 @pytest.mark.parametrize("orientations", [(1, 1), (1, 6), (8, 3), (2, 7), (5, 4), (3, 8)])
@@ -414,7 +418,8 @@ def test_a_stage_that_was_cut_off_ends_as_if_it_had_not(tmp_path: Path, monkeypa
     def run(folder: str, model: PixelModel, threads: int) -> tuple[list[EpipolarEdge], int]:
         encodings = photos.encodings(model)
         fine = FineMatcher(model, photos.records, photos.decode, FINE, 0)
-        matcher = Matcher(model=model, encodings=encodings, config=FINE, seed=0, threads=threads, fine=fine)
+        checker = PairChecker(model=model, encodings=encodings, config=FINE, seed=0, threads=threads, fine=fine)
+        matcher = Matcher(checker=checker, num_images=3, detect_sift=no_sift)
         return matcher.check_graph(all_pairs(3), StageCache(tmp_path, folder, "key", Listener()), Listener())
 
     whole, resumed = run("whole", PixelModel(), 2)

@@ -13,15 +13,25 @@ import pytest
 from numpy.typing import NDArray
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching.check import EpipolarEdge, check_pair
-from mast3r_sfm.matching.hard import match_hard_pair, settle_hanging_pairs
+from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
+from mast3r_sfm.matching.checker import PairChecker
+from mast3r_sfm.matching.hard import (
+    MIN_AGREEING,
+    SMALL_PART,
+    STRONG_EVIDENCE,
+    SURE_INLIERS,
+    hanging_pairs,
+    match_hard_pair,
+    settle_hanging_pairs,
+)
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Encoding, Verdict, ViewGraph
-from tests.exact import Describer, Listener, Scene, all_pairs, ring
+from tests.exact import Describer, Listener, Scene, all_pairs, no_sift, ring
 
 CONFIG = MatchConfig()
+NONE = np.zeros(0, np.int64)
 
 
 class HardDescriber(Describer):
@@ -30,13 +40,15 @@ class HardDescriber(Describer):
     def __init__(self, scene: Scene, **values: int) -> None:
         super().__init__(scene, **values)
         self.asked: list[tuple[int, int]] = []
+        self.most = 10_000
 
     def match_hard(self, first: Encoding, second: Encoding) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         views = [self._image(encoding) for encoding in (first, second)]
         self.asked.append((views[0], views[1]))
         seen = [np.flatnonzero(self._scene.sees(view)) for view in views]
         _, rows, columns = np.intersect1d(*seen, return_indices=True)
-        return np.stack([rows, columns], axis=1), np.ones(len(rows), np.float32)
+        pairs = np.stack([rows, columns], axis=1)[: self.most]
+        return pairs, np.ones(len(pairs), np.float32)
 
     def _image(self, encoding: Encoding) -> int:
         return next(image for image, own in enumerate(self.encodings()) if np.array_equal(own.xy, encoding.xy))
@@ -102,7 +114,7 @@ def test_links_that_nothing_confirms_are_weak(scene: Scene, pool: ThreadPoolExec
     edges = two_parts(scene, between=45)
     thin = [number for number, one in enumerate(edges) if (one.first < 3) != (one.second < 3)]
     assert any(edges[number].verdict.is_link for number in thin)
-    assert all(len(edges[n].xy_first) * edges[n].inlier_ratio ** 2 < 40 for n in thin)
+    assert all(edges[n].num_inliers * edges[n].inlier_ratio ** 2 < STRONG_EVIDENCE for n in thin)
     asked: list[int] = []
     settled = settle_hanging_pairs(edges, 6, answer(scene, edges, 5, asked), pool)
     assert set(asked) <= set(thin)
@@ -122,12 +134,108 @@ def test_a_pair_is_matched_by_the_slow_matcher(scene: Scene) -> None:
     model = HardDescriber(scene, strangers=100)
     assert isinstance(model, KeypointModel)
     encodings = model.encodings()
-    found = match_hard_pair(model, (2, 4), (encodings[2], encodings[4]), CONFIG, 0)
+    checker = PairChecker(model=model, encodings=encodings, config=CONFIG, seed=0, threads=1)
+    found = match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), scene.putative(2, 4)[0].subset(NONE))
     assert (found.first, found.second) == (2, 4)
     assert found.verdict is Verdict.GOOD
     assert found.num_putative == len(found.xy_first) == int((scene.sees(2) & scene.sees(4)).sum())
     distance = np.linalg.norm(found.xy_first[:, None] - scene.project(2), axis=2).min(axis=1)
     assert distance.max() < 1e-3
+
+
+def hard_edge(scene: Scene, slow: int, others: Putative) -> EpipolarEdge:
+    """Images 2 and 4 by the slow matcher, which finds so many true matches, and `others` of nearest neighbours."""
+    model = HardDescriber(scene)
+    encodings = model.encodings()
+    model.most = slow
+    checker = PairChecker(model=model, encodings=encodings, config=CONFIG, seed=0, threads=1)
+    return match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), others)
+
+
+def told(scene: Scene, true: int, wrong: int, distinct: bool = True) -> Putative:
+    """So many true matches of images 2 and 4, and so many that agree with nothing."""
+    putative, is_true = scene.putative(2, 4, outliers=0.5, seed=3)
+    chosen = putative.subset(np.concatenate([np.flatnonzero(is_true)[:true], np.flatnonzero(~is_true)[:wrong]]))
+    return replace(chosen, is_distinct=np.full(len(chosen.xy_first), distinct))
+
+
+class TestConfirmation:
+    """Nearest neighbours must agree with the slow matcher where it finds few matches."""
+
+    def test_what_they_contradict_is_weak(self, scene: Scene) -> None:
+        edge = hard_edge(scene, 60, told(scene, 0, 100))
+        assert edge.verdict is Verdict.WEAK
+        assert edge.num_inliers == edge.num_putative == 60
+
+    def test_what_they_say_nothing_of_is_weak(self, scene: Scene) -> None:
+        assert hard_edge(scene, 60, told(scene, 0, 0)).verdict is Verdict.WEAK
+        assert hard_edge(scene, 60, told(scene, 100, 0, distinct=False)).verdict is Verdict.WEAK
+
+    @pytest.mark.parametrize(
+        ("true", "wrong", "verdict"),
+        [
+            (MIN_AGREEING - 1, 0, Verdict.WEAK),
+            (MIN_AGREEING, 0, Verdict.GOOD),
+            (60, 100, Verdict.GOOD),
+            (20, 100, Verdict.WEAK),  # a sixth
+        ],
+    )
+    def test_enough_of_them_confirm_it(self, scene: Scene, true: int, wrong: int, verdict: Verdict) -> None:
+        assert hard_edge(scene, 60, told(scene, true, wrong)).verdict is verdict
+
+    @pytest.mark.parametrize(("slow", "verdict"), [(SURE_INLIERS - 1, Verdict.WEAK), (SURE_INLIERS, Verdict.GOOD)])
+    def test_many_matches_need_no_confirmation(self, scene: Scene, slow: int, verdict: Verdict) -> None:
+        assert hard_edge(scene, slow, told(scene, 0, 100)).verdict is verdict
+
+    def test_they_have_no_say_in_the_geometry(self, scene: Scene) -> None:
+        """Too few slow matches are no link, whatever nearest neighbours find."""
+        edge = hard_edge(scene, 10, told(scene, 150, 0))
+        assert edge.verdict is Verdict.TOO_FEW
+        assert edge.num_putative == 10
+
+    def test_they_are_kept_where_they_agree(self, scene: Scene) -> None:
+        others = told(scene, 80, 80)
+        edge = hard_edge(scene, 130, others)
+        assert edge.num_inliers == edge.num_putative == 130
+        assert 130 + 40 < len(edge.xy_first) < 130 + 90
+        assert edge.verdict is Verdict.GOOD
+
+
+def strong_edges(scene: Scene, groups: list[range], between: int = 30) -> list[EpipolarEdge]:
+    """All pairs: strong ones inside the groups, thin ones between them."""
+    edges = []
+    for first, second in combinations(range(len(scene.poses)), 2):
+        inside = any(first in group and second in group for group in groups)
+        edges.append(edge(scene, first, second, 200 if inside else between, outliers=0.0 if inside else 0.4))
+    return edges
+
+
+def test_pairs_hang_between_parts_and_inside_small_ones() -> None:
+    scene = ring(SMALL_PART + 3, turn_deg=90, points=250)
+    number = SMALL_PART + 3
+    whole = strong_edges(scene, [range(number)])
+    assert hanging_pairs(whole, number) == []
+    large, small = range(SMALL_PART), range(SMALL_PART, number)
+    parts = strong_edges(scene, [large, small])
+    hanging = [parts[index] for index in hanging_pairs(parts, number)]
+    expected = [one for one in parts if one.second in small]  # between the parts, or inside the small one
+    assert [(one.first, one.second) for one in hanging] == [(one.first, one.second) for one in expected]
+    # One image less makes all of it small.
+    less = [one for one in parts if one.first != 0 and one.second != 0]
+    assert hanging_pairs(less, number) == list(range(len(less)))
+    assert hanging_pairs([], number) == []
+
+
+def test_evidence_is_of_distinct_matches(scene: Scene) -> None:
+    """Matches without a say make no pair strong."""
+    strong = strong_edges(scene, [range(6)])
+    assert all(one.num_inliers * one.inlier_ratio**2 >= STRONG_EVIDENCE for one in strong)
+    mute = [replace(one, is_distinct=np.arange(len(one.xy_first)) < STRONG_EVIDENCE - 1) for one in strong]
+    asked: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        settled = settle_hanging_pairs(mute, 6, answer(scene, mute, 0, asked), pool)
+    assert asked
+    assert not any(one.verdict.is_link for one in settled)
 
 
 def make_matcher(scene: Scene) -> tuple[Matcher, HardDescriber]:
@@ -142,7 +250,8 @@ def make_matcher(scene: Scene) -> tuple[Matcher, HardDescriber]:
         tokens[: seen.sum()] = names[seen] + 0.2 * rng.normal(size=(seen.sum(), 64))
         tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
         encodings[image] = replace(encodings[image], tokens=tokens.astype(np.float16))
-    return Matcher(model=model, encodings=encodings, config=CONFIG, seed=0, threads=2), model
+    checker = PairChecker(model=model, encodings=encodings, config=replace(CONFIG, features="model"), seed=0, threads=2)
+    return Matcher(checker=checker, num_images=6, detect_sift=no_sift), model
 
 
 def test_the_stage_asks_once_and_remembers_the_answer(scene: Scene, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mast3r_sfm.geometry.rigid import angle_between_rotations, rotation_from_axi
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import Putative, check_pair
 from mast3r_sfm.matching.overlay import MIN_SHARP, in_border, overlay_matches
-from mast3r_sfm.types import Bool, Float64, Verdict
+from mast3r_sfm.types import Bool, Float32, Float64, Verdict
 from tests.exact import CENTRE_PX, HEIGHT_PX, WIDTH_PX, Scene, random_pixels, ring, street, turning
 
 CONFIG = MatchConfig()
@@ -57,15 +57,28 @@ def bonnet(rng: np.random.Generator) -> Float64:
 OVERLAYS = [logo, timestamp, big_logo_in_the_middle, printed_frame, bonnet]
 
 
+def distinct(
+    xy_first: Float64, xy_second: Float64, confidence: Float32, frames: tuple[Float64, Float64] | None = FRAMES
+) -> Putative:
+    """Matches that all have a say."""
+    return Putative(
+        xy_first=xy_first,
+        xy_second=xy_second,
+        confidence=confidence,
+        is_distinct=np.ones(len(xy_first), np.bool_),
+        frames=frames,
+    )
+
+
 def same_place(rng: np.random.Generator, xy: Float64, noise_px: float = 0.1) -> Putative:
     """As sure as a match can be."""
     other = xy + noise_px * rng.normal(size=xy.shape)
-    return Putative(xy_first=xy, xy_second=other, confidence=np.full(len(xy), 0.99, np.float32), frames=FRAMES)
+    return distinct(xy, other, np.full(len(xy), 0.99, np.float32))
 
 
 def noise(rng: np.random.Generator, count: int) -> Putative:
     confidence = rng.uniform(0.8, 0.9, count).astype(np.float32)
-    return Putative(xy_first=random_pixels(rng, count), xy_second=random_pixels(rng, count), confidence=confidence)
+    return distinct(random_pixels(rng, count), random_pixels(rng, count), confidence, frames=None)
 
 
 def together(*parts: Putative) -> tuple[Putative, Bool]:
@@ -73,7 +86,7 @@ def together(*parts: Putative) -> tuple[Putative, Bool]:
     order = np.random.default_rng(5).permutation(sum(len(part.xy_first) for part in parts))
     xy_first, xy_second = (np.concatenate([getattr(part, n) for part in parts]) for n in ("xy_first", "xy_second"))
     confidence = np.concatenate([part.confidence for part in parts])
-    whole = Putative(xy_first=xy_first, xy_second=xy_second, confidence=confidence, frames=FRAMES).subset(order)
+    whole = distinct(xy_first, xy_second, confidence).subset(order)
     return whole, order < len(parts[0].xy_first)
 
 
@@ -273,7 +286,7 @@ def test_a_zoom(zoom: float) -> None:
     rng = np.random.default_rng(0)
     xy = random_pixels(rng, 600)
     other = (xy - CENTRE_PX) * zoom + CENTRE_PX + 0.2 * rng.normal(size=xy.shape)
-    putative = Putative(xy_first=xy, xy_second=other, confidence=np.ones(600, np.float32), frames=FRAMES)
+    putative = distinct(xy, other, np.ones(600, np.float32))
     edge = check_pair((0, 1), putative, CONFIG, 0)
     assert edge.verdict is Verdict.GOOD
     assert len(edge.xy_first) > 0.9 * 600

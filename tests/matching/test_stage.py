@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching import stage
+from mast3r_sfm.matching import checker, stage
 from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, check_pair
+from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.stage import Matcher
+from mast3r_sfm.matching.stored import pack_edges, unpack_edges
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Encoding, ImageRecord, PairMatches, Verdict
-from tests.exact import Describer, Listener, Scene, all_pairs, ring
+from tests.exact import Describer, Listener, Scene, all_pairs, no_sift, ring
 
 NUMBER = 6
+MODEL = MatchConfig(features="model")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_matcher(scene: Scene, *, photo_scale: float = 1.0, threads: int = 2) -> Matcher:
     model = Describer(scene, strangers=100, photo_scale=photo_scale)
-    return Matcher(model=model, encodings=model.encodings(), config=MatchConfig(), seed=0, threads=threads)
+    return matcher_of(model, model.encodings(), MODEL, threads)
+
+
+def matcher_of(model: Describer, encodings: list[Encoding], config: MatchConfig, threads: int = 2) -> Matcher:
+    own = PairChecker(model=model, encodings=encodings, config=config, seed=0, threads=threads)
+    return Matcher(checker=own, num_images=len(encodings), detect_sift=no_sift)
 
 
 def records(number: int = NUMBER, **values: object) -> list[ImageRecord]:
@@ -67,10 +75,10 @@ def test_edges_come_in_the_order_of_the_graph(scene: Scene, tmp_path: Path) -> N
 def test_a_second_run_reads_what_the_first_wrote(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matcher = make_matcher(scene)
     edges, _ = check(matcher, tmp_path)
-    monkeypatch.setattr(stage, "check_pair", None)  # any work would fail
+    monkeypatch.setattr(checker, "check_pair", None)  # any work would fail
     listener = Listener()
     again, resumed = check(matcher, tmp_path, listener)
-    assert resumed == 4
+    assert resumed == 5  # four of pairs, and the whole once settled
     assert listener.steps == 15
     assert listener.warnings == []
     assert_equal(edges, again)
@@ -80,13 +88,13 @@ def test_a_truncated_chunk_is_done_again(scene: Scene, tmp_path: Path, monkeypat
     matcher = make_matcher(scene)
     edges, _ = check(matcher, tmp_path)
     chunks = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(chunks) == 4
+    assert len(chunks) == 5
     chunks[1].write_bytes(chunks[1].read_bytes()[:-100])
     done = []
-    monkeypatch.setattr(stage, "check_pair", lambda pair, *rest: done.append(pair) or check_pair(pair, *rest))
+    monkeypatch.setattr(checker, "check_pair", lambda pair, *rest: done.append(pair) or check_pair(pair, *rest))
     listener = Listener()
     again, resumed = check(matcher, tmp_path, listener)
-    assert resumed == 3
+    assert resumed == 4
     assert sorted(done) == [(0, 5), (1, 2), (1, 3), (1, 4)]
     assert len(listener.warnings) == 1
     assert chunks[1].name in listener.warnings[0]
@@ -117,7 +125,7 @@ def test_packing_and_unpacking_is_the_identity(scene: Scene) -> None:
     mixed.append(replace(mixed[0], first=7, second=9, verdict=Verdict.WATERMARK))
     assert {edge.verdict for edge in mixed} == {Verdict.GOOD, Verdict.TOO_FEW, Verdict.WATERMARK}
     assert {edge.decode_disagreement_deg for edge in mixed} == {0.0, 0.5, 2.0}
-    back = stage._unpack(stage._pack(mixed))
+    back = unpack_edges(pack_edges(mixed))
     for edge, found in zip(mixed, back, strict=True):
         assert (edge.points_first is None) == (found.points_first is None)
         assert found.verdict is edge.verdict
@@ -172,8 +180,7 @@ def test_photos_that_share_nothing_give_no_links(tmp_path: Path) -> None:
     for seed in range(NUMBER):
         encodings += Describer(ring(1, seed=seed), strangers=300, seed=seed).encodings()
     model = Describer(ring(1))
-    config = MatchConfig(min_similarity=-1.0)
-    matcher = Matcher(model=model, encodings=encodings, config=config, seed=0, threads=2)
+    matcher = matcher_of(model, encodings, MatchConfig(min_similarity=-1.0, features="model"))
     matches, _ = estimate(matcher, records(), tmp_path)
     assert len(matches) == 15
     assert not any(match.verdict.is_link for match in matches)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mast3r_sfm import pipeline
+from mast3r_sfm import encoding, pipeline
 from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.errors import ReconstructionError, WeightsError
 from mast3r_sfm.matching import check, putative
@@ -47,7 +47,7 @@ def photos(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_chunks() -> Iterator[None]:
     """Two chunks of photos, three of pairs; and few matches, and no long search for a geometry that is not there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "IMAGES_PER_CHUNK", 2)
+        patch.setattr(encoding, "IMAGES_PER_CHUNK", 2)
         patch.setattr(storage, "IMAGES_PER_CHUNK", 2)
         patch.setattr(match_stage, "PAIRS_PER_CHUNK", 2)
         patch.setattr(check, "MAX_ITERATIONS", 200)
@@ -155,7 +155,7 @@ def test_photos_keep_their_order_whatever_the_chunks_and_batches(
 ) -> None:
     """Four photos in one chunk are encoded two at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "IMAGES_PER_CHUNK", 64)
+        patch.setattr(encoding, "IMAGES_PER_CHUNK", 64)
         patch.setattr(storage, "IMAGES_PER_CHUNK", 64)
         found = run(photos, tmp_path / "out", mast3r)
     (chunk,) = found.arrays("encode")

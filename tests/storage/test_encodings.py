@@ -10,7 +10,14 @@ import pytest
 from mast3r_sfm.errors import ArtifactError
 from mast3r_sfm.storage import encodings as module
 from mast3r_sfm.storage.cache import StageCache
-from mast3r_sfm.storage.encodings import CHUNKS_IN_MEMORY, IMAGES_PER_CHUNK, StoredEncodings, pack, unpack
+from mast3r_sfm.storage.encodings import (
+    CHUNKS_IN_MEMORY,
+    IMAGES_PER_CHUNK,
+    NumberedEncodings,
+    StoredEncodings,
+    pack,
+    unpack,
+)
 from mast3r_sfm.types import Encoding, PixelTransform
 from tests.exact import Listener
 
@@ -124,3 +131,26 @@ def test_a_chunk_that_is_gone_is_an_error(tmp_path: Path, damage: str) -> None:
     assert_same(stored[5], encoding(5))
     with pytest.raises(ArtifactError, match="chunk 1 is gone; run the command again"):
         stored[64]
+
+
+def test_encodings_of_some_images_are_found_by_their_numbers(tmp_path: Path) -> None:
+    cache = fill(tmp_path, 70)
+    images = [3, 200, *range(300, 367), 12]  # in any order
+    numbered = NumberedEncodings(images, StoredEncodings(cache, 70))
+    assert len(numbered) == 70
+    assert list(numbered) == images
+    assert cache.reads == []  # nothing is read before it is needed
+    for image, row in ((3, 0), (200, 1), (300, 2), (366, 68), (12, 69)):
+        assert_same(numbered[image], encoding(row))
+    assert cache.reads == [0, 1]
+
+
+@pytest.mark.parametrize("image", [0, -1, 5, 64])
+def test_an_image_without_an_encoding(image: int) -> None:
+    numbered = NumberedEncodings([4, 6], [encoding(1), encoding(2)])
+    assert image not in numbered
+    assert numbered.get(image) is None
+    with pytest.raises(KeyError):
+        numbered[image]
+    assert 6 in numbered
+    assert len(NumberedEncodings([], [])) == 0

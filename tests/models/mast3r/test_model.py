@@ -513,9 +513,9 @@ def test_an_image_matches_itself(head: Any, images: list[LoadedImage]) -> None:
     np.testing.assert_array_equal(putative.xy_first, putative.xy_second)
     assert len(np.unique(putative.xy_first, axis=0)) == len(putative.xy_first) == 48 * 32
     assert putative.points is not None
-    first, second = putative.points(np.arange(len(putative.xy_first)))
-    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-4)
-    assert np.ptp(first, axis=0).min() > 0.1
+    points = putative.points(np.arange(len(putative.xy_first)))
+    np.testing.assert_allclose(points.first, points.second, rtol=1e-3, atol=1e-4)
+    assert np.ptp(points.first, axis=0).min() > 0.1
 
 
 @pytest.mark.parametrize("head", ["dpt", "linear"])
