@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 
 from mast3r_sfm import __version__
+from mast3r_sfm.machine import installed_version, usable_cpus
 
 # Some libraries come in packages of different names, for CPU or for GPU; their names say which it is, without the
 # import of a library that only one part of the project may know.
@@ -74,7 +74,7 @@ def examine() -> Findings:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         packages=packages,
-        cpu_cores=_usable_cores(),
+        cpu_cores=usable_cpus(),
         memory_total_mb=total,
         memory_available_mb=available,
         devices=devices,
@@ -99,11 +99,9 @@ def describe(findings: Findings) -> str:
 
 def _package_version(candidates: tuple[str, ...]) -> str:
     for package in candidates:
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return version if package == candidates[0] and len(candidates) == 1 else f"{version} ({package})"
+        version = installed_version(package)
+        if version is not None:
+            return version if len(candidates) == 1 else f"{version} ({package})"
     return ""
 
 
@@ -121,13 +119,6 @@ def _devices_and_models(packages: dict[str, str]) -> tuple[tuple[str, ...], dict
     if torch.backends.mps.is_available():
         devices.append("mps")
     return tuple(devices), usable_models()
-
-
-def _usable_cores() -> int:
-    # A container or a job scheduler often gives a process fewer cores than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_mb() -> tuple[int | None, int | None]:

@@ -101,15 +101,15 @@ class MatchConfig:
     photos are larger; auto: fine on CUDA for photos at least 1.5 times as large, else coarse."""
     min_similarity: float = 0.8
     """Cosine below which two of the model's keypoints are not a match."""
-    max_ratio: float = 0.9
+    max_ratio: float = 0.92
     """Distance of a match's descriptors over that of the second nearest above which it has no say in whether two photos
     show the same place (the model's keypoints)."""
     max_epipolar_error_px: float = 2.0
     """Sampson distance, at the resolution of matching, of an inlier of the two-view check."""
     min_inliers: int = 15
-    """Inliers of the two-view check below which two photos are never taken to show the same place."""
+    """Distinct inliers of the two-view check below which two photos are never taken to show the same place."""
     chance_share: float = 0.12
-    """Inliers that a pair needs beyond `min_inliers`, per putative match: so many agree by chance."""
+    """Inliers that a pair needs beyond `min_inliers`, per distinct match: so many agree by chance."""
     max_decode_disagreement_deg: float = 10.0
     """A pointmap model decodes a pair twice, once from each image; a pair whose rotations differ by more is weak.
     Measured with the oracle: up to 4.3 with 3 % of noise in depth or 10 % in focal length (9.2 where photos of a

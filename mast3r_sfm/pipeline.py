@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +25,7 @@ from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
+from mast3r_sfm.machine import installed_version, peak_memory_mb, usable_cpus
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
@@ -156,7 +153,7 @@ class _Run:
 
     @property
     def threads(self) -> int:
-        return self.options.threads or _usable_cpus()
+        return self.options.threads or usable_cpus()
 
     def execute(self) -> None:
         """Run all stages in order."""
@@ -201,7 +198,7 @@ class _Run:
                     counts=draft.counts,
                     warnings=tuple(self.recorder.warnings[warned:]),
                     resumed=draft.resumed,
-                    peak_memory_mb=_peak_memory_mb(),
+                    peak_memory_mb=peak_memory_mb(),
                 ),
             )
 
@@ -374,7 +371,10 @@ class _Run:
         photos = self.image_set
         report = RunReport(
             version=mast3r_sfm.__version__,
-            versions=_versions(),
+            versions={
+                "python": platform.python_version(),
+                **{package: installed_version(package) or "not installed" for package in _PACKAGES},
+            },
             model=self.model_name,
             model_fingerprint=self.model_fingerprint,
             config=self.config.to_dict(),
@@ -406,23 +406,3 @@ def read_report(output: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _usable_cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
-def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

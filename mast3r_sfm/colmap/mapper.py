@@ -19,6 +19,9 @@ MAX_REFINEMENTS = 5
 READJUSTMENTS = 2
 REFINED_TRUST = 0.5
 """By which thresholds and the loss shrink once observations are refined."""
+PARALLEL_RESIDUALS = 1_000_000
+"""Below so many, Ceres computes in one thread: several sum up in any order, and the same photos would not give the same
+model twice."""
 MAX_CHANGE = 0.0005
 """Share of the observations that a round of refinement may still change when it is the last."""
 
@@ -186,6 +189,7 @@ class Mapper:
         options.ceres.loss_function_scale = self._settings.pixel_scale
         options.ceres.solver_options.max_num_iterations = 50
         options.ceres.solver_options.num_threads = self._settings.threads
+        options.ceres.min_num_residuals_for_cpu_multi_threading = PARALLEL_RESIDUALS
         options.ceres.solver_options.function_tolerance = 1e-5
         return options
 

@@ -140,11 +140,14 @@ class Refiner:
         Returns:
             the same points with the new observations alone, whose keypoint is -1.
         """
-        expected = _expected(tracks, geometry)
+        directions = _towards_cameras(tracks, geometry)
+        reference, mean = _central_views(tracks, directions)
+        expected = _expected(tracks, geometry, directions[reference])
         if not len(expected.point):
             return expected
         both = tracks.joined(expected)
-        plan = _plan_extension(both, len(tracks.point), geometry)
+        new = np.arange(len(tracks.point), len(both.point))
+        plan = _alike(_planned(both, geometry, (reference, new), _normals(tracks.points, mean), reach=2.0))
         full = replace(self, at_full_resolution=True)
         xy, found = full._align_all(both, plan, np.unique(tracks.image).tolist(), _EXPECTED)
         rows = plan.moving[found] - len(tracks.point)
@@ -219,11 +222,26 @@ class _Plan:
 
 
 def _plan(tracks: Tracks, geometry: Geometry, reach: float) -> _Plan:
+    """All observations aligned to the most central one of their point."""
     reference, mean = _central_views(tracks, _towards_cameras(tracks, geometry))
     is_moving = np.ones(len(tracks.point), bool)
     is_moving[reference] = False
-    moving = np.flatnonzero(is_moving)
-    normals = _normals(tracks.points, mean)
+    return _planned(tracks, geometry, (reference, np.flatnonzero(is_moving)), _normals(tracks.points, mean), reach)
+
+
+def _planned(
+    tracks: Tracks, geometry: Geometry, observations: tuple[Int64, Int64], normals: Float64, reach: float
+) -> _Plan:
+    """How some observations are aligned to others.
+
+    Args:
+        tracks: of a model.
+        geometry: its cameras.
+        observations: [K] reference of each point; [R] what is aligned.
+        normals: [K, 3] of the surface.
+        reach: photo pixels over which the distortion is measured.
+    """
+    reference, moving = observations
     affine, start = _transfer(tracks, geometry, reference[tracks.point[moving]], moving, normals, reach)
     with np.errstate(invalid="ignore"):
         stretch = np.abs(np.linalg.det(affine))
@@ -252,20 +270,28 @@ def _central_views(tracks: Tracks, directions: Float64) -> tuple[Int64, Float64]
     return order[np.r_[True, np.diff(tracks.point[order]) > 0]], mean
 
 
-def _expected(tracks: Tracks, geometry: Geometry) -> Tracks:
-    """Where images should show points that they share with others but did not match."""
+def _expected(tracks: Tracks, geometry: Geometry, central: Float64) -> Tracks:
+    """Where images should show points that they share with others but did not match.
+
+    Args:
+        tracks: of a model.
+        geometry: its cameras.
+        central: [K, 3] direction from each point to its central view; images that see it at a wider angle are left out.
+    """
     images, column = np.unique(tracks.image, return_inverse=True)
-    ones = np.ones(len(tracks.point), np.float32)
+    ones = np.ones(len(tracks.point), np.int32)
     sees = scipy.sparse.csr_array((ones, (tracks.point, column)), shape=(len(tracks.points), len(images)))
-    shared = scipy.sparse.csr_array((sees.T @ sees) >= MIN_SHARED).astype(np.float32)
-    near = scipy.sparse.csc_array(sees @ shared - 1e6 * sees)
+    shared = ((sees.T @ sees) >= MIN_SHARED).astype(np.int32).toarray()
     point, image, xy = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros((0, 2))]
     for number, one in enumerate(images.tolist()):
-        some = near[:, [number]].tocoo()
-        points = np.sort(some.row[some.data > 0]).astype(np.int64)
-        width, height = geometry.size(one)
+        near = np.asarray(sees @ shared[:, number], np.int32) > 0
+        near[tracks.point[tracks.image == one]] = False
+        points = np.flatnonzero(near)
+        towards = geometry.viewing_rays(one, np.zeros((0, 2)))[0] - tracks.points[points]
+        cosine = (towards * central[points]).sum(axis=1) / np.linalg.norm(towards, axis=1).clip(min=1e-12)
+        points = points[cosine > MIN_VIEW_COSINE]
         places = geometry.project(one, tracks.points[points])
-        inside = ((places > _BORDER) & (places < np.array([width, height]) - _BORDER)).all(axis=1)
+        inside = ((places > _BORDER) & (places < np.array(geometry.size(one)) - _BORDER)).all(axis=1)
         point.append(points[inside])
         image.append(np.full(int(inside.sum()), one))
         xy.append(places[inside])
@@ -279,33 +305,17 @@ def _expected(tracks: Tracks, geometry: Geometry) -> Tracks:
     )
 
 
-def _plan_extension(both: Tracks, count: int, geometry: Geometry) -> _Plan:
-    """How the observations from `count` on are aligned to the central one among those before, where views are alike."""
-    known = Tracks(
-        points=both.points,
-        point=both.point[:count],
-        image=both.image[:count],
-        keypoint=both.keypoint[:count],
-        xy=both.xy[:count],
-    )
-    directions = _towards_cameras(both, geometry)
-    reference, mean = _central_views(known, directions[:count])
-    moving = np.arange(count, len(both.point))
-    central = reference[both.point[moving]]
-    moving = moving[(directions[moving] * directions[central]).sum(axis=1) > MIN_VIEW_COSINE]
-    central = reference[both.point[moving]]
-    affine, start = _transfer(both, geometry, central, moving, _normals(both.points, mean), reach=2.0)
-    whole = np.isfinite(affine).all(axis=(1, 2)) & np.isfinite(start).all(axis=1)
-    affine[~whole] = 0.0
-    stretch = np.asarray(np.linalg.svd(affine)[1], np.float64)
-    alike = whole & (stretch[:, 0] < MAX_VIEW_STRETCH) & (stretch[:, 1] > 1 / MAX_VIEW_STRETCH)
+def _alike(plan: _Plan) -> _Plan:
+    """The part of a plan in which patches keep about their size."""
+    stretch = np.asarray(np.linalg.svd(plan.affine)[1], np.float64)
+    alike = plan.usable & (stretch[:, 0] < MAX_VIEW_STRETCH) & (stretch[:, 1] > 1 / MAX_VIEW_STRETCH)
     return _Plan(
-        reference=reference,
-        moving=moving[alike],
-        point=both.point[moving[alike]],
-        affine=affine[alike],
-        start=start[alike],
-        usable=np.ones(int(alike.sum()), np.bool_),
+        reference=plan.reference,
+        moving=plan.moving[alike],
+        point=plan.point[alike],
+        affine=plan.affine[alike],
+        start=plan.start[alike],
+        usable=plan.usable[alike],
     )
 
 
