@@ -58,7 +58,7 @@ def trusted(given: MapInput) -> list[tuple[int, int]]:
 
 
 def build(given: MapInput, folder: Path, listener: Listener | None = None) -> list[ColmapModel]:
-    write_matches(folder / "database.db", given, "SIMPLE_RADIAL")
+    write_matches(folder / "database.db", given, SETTINGS)
     return build_models(folder / "database.db", given, SETTINGS, listener or Listener())
 
 
@@ -92,7 +92,7 @@ def test_without_parts_all_links_are_trusted() -> None:
 def test_the_database_holds_the_trusted_pairs_only(tmp_path: Path) -> None:
     scene = ring(4, turn_deg=60, points=50)
     given = make_input(scene, list(combinations(range(4), 2)), [part(scene, range(4), [0, 1, 2, 4, 5])])
-    write_matches(tmp_path / "database.db", given, "OPENCV")
+    write_matches(tmp_path / "database.db", given, replace(SETTINGS, config=MapConfig(camera_model="OPENCV")))
     with pycolmap.Database.open(str(tmp_path / "database.db")) as database:
         assert database.num_verified_image_pairs() == 5
         assert not database.exists_matches(2, 3)  # the fourth pair is (1, 2)
@@ -235,8 +235,8 @@ def noisy_input(
 
 
 def build_refined(given: MapInput, folder: Path, refiner: Refiner | None, scale: float = 1.0) -> list[ColmapModel]:
-    write_matches(folder / "database.db", given, "SIMPLE_RADIAL")
     settings = replace(SETTINGS, pixel_scale=scale)
+    write_matches(folder / "database.db", given, settings)
     return build_models(folder / "database.db", given, settings, Listener(), refiner)
 
 
