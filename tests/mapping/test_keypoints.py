@@ -174,7 +174,9 @@ def gathered_plainly(xy: Float64, confidence: list[float], radius_px: float) -> 
         for centre in order:
             if centre in moved:
                 continue
-            group = [place for place in order if place not in moved and np.hypot(*np.subtract(place, centre)) <= radius_px]
+            group = [
+                place for place in order if place not in moved and np.hypot(*np.subtract(place, centre)) <= radius_px
+            ]
             weight = [places[place] for place in group]
             mean = np.average(group, axis=0, weights=weight) if len(group) > 1 else np.array(centre)
             new = tuple(mean.astype(np.float32).tolist())
