@@ -378,3 +378,74 @@ def test_a_model_keeps_its_distortion_when_another_was_built_meanwhile(build_noi
     model = built.readjusted(built.true + slight)
     assert {camera.params[3] != 0 for camera in model.cameras.values()} == {True}
     assert errors(model, arc()).error_deg.max() < 0.1
+
+
+def extended(built: Built, gone: Bool, off_px: Float64 | float = 0.0) -> ColmapModel:
+    """The model adjusted to true observations but some, which are then further ones, so much off."""
+    slight = 0.05 * np.random.default_rng(3).normal(size=built.true.shape)
+    adjusted = built.readjusted(built.true + slight, ~gone)
+    assert adjusted.num_points == len(built.tracks.points)
+    more = Tracks(
+        points=adjusted.tracks().points,
+        point=built.tracks.point[gone],
+        image=built.tracks.image[gone],
+        keypoint=np.full(int(gone.sum()), -1),
+        xy=(built.true + slight + off_px)[gone],
+    )
+    return adjusted.extended(more)
+
+
+def test_readjusting_keeps_further_observations(build_noisy: BuildNoisy) -> None:
+    """The database does not know their keypoints."""
+    built = build_noisy(0.5)
+    gone = np.isin(built.tracks.image, (1, 4)) & (built.tracks.point % 3 > 0)
+    before = extended(built, gone)
+    model = built.mapper.readjust(before)
+    assert len(model.tracks().point) == len(built.tracks.point)
+    assert model.num_points == built.model.num_points
+    for image, xy in before.keypoints().items():
+        # No keypoint comes, goes or moves.
+        np.testing.assert_array_equal(model.keypoints()[image], xy)
+        new = len(xy) - len(built.model.keypoints()[image])
+        assert new == (gone & (built.tracks.image == image)).sum()
+        assert (new > 100) == (image in (1, 4))
+    assert list(model.cam_from_world) == list(built.model.cam_from_world)
+    assert errors(model, arc()).error_deg.max() < 0.03
+
+
+def test_further_observations_hold_an_image(build_noisy: BuildNoisy) -> None:
+    """Without them, one that kept few stands less well."""
+    built = build_noisy(0.5)
+    many = extended(built, (built.tracks.image == 4) & (built.tracks.point >= 10))
+    tracks = many.tracks()
+    few = many.moved(tracks, tracks.xy, tracks.keypoint < 250)
+    assert np.bincount(few.tracks().image)[4] == 10
+    assert np.bincount(tracks.image)[4] > 240
+    with_few, with_many = (errors(built.mapper.readjust(model), arc()).error_deg.max() for model in (few, many))
+    assert with_many < 0.03
+    assert with_few > 1.5 * with_many
+
+
+def test_further_observations_that_do_not_fit_are_dropped(build_noisy: BuildNoisy) -> None:
+    built = build_noisy(0.5)
+    gone = np.isin(built.tracks.image, (1, 4)) & (built.tracks.point % 5 == 0)
+    wrong = gone & (built.tracks.image == 4)
+    before = extended(built, gone, np.where(wrong[:, None], 9.0, 0.0))
+    model = built.mapper.readjust(before)
+    tracks = model.tracks()
+    assert len(tracks.point) == len(built.tracks.point) - wrong.sum()
+    count = np.bincount(tracks.image) - np.bincount(built.tracks.image[~wrong])
+    assert not count.any()
+    assert errors(model, arc()).error_deg.max() < 0.03
+    # Their keypoints stay, as other keypoints without a point do.
+    for image, xy in before.keypoints().items():
+        np.testing.assert_array_equal(model.keypoints()[image], xy)
+
+
+def test_without_growing_a_model_holds_the_given_images_alone(make_database: MakeDatabase) -> None:
+    scene = arc()
+    mapper = Mapper(make_database(scene), settings())
+    model = mapper.build(nudged(scene, [0, 1, 2, 4]), grow=False)
+    assert sorted(model.poses()) == [0, 1, 2, 4]
+    assert errors(model, scene).error_deg.max() < 0.05
+    assert sorted(mapper.build(nudged(scene, [0, 1, 2, 4])).poses()) == list(range(NUMBER))
