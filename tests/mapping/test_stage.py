@@ -138,6 +138,28 @@ def test_an_image_stands_in_one_model_only(tmp_path: Path) -> None:
     assert worst_error(model, scene) < 0.05
 
 
+def test_a_part_that_would_take_in_an_image_of_another_stays_without_it(tmp_path: Path) -> None:
+    """The last image of the first part sees many points of the second, which the others of the first do not see."""
+    scene = ring(9, turn_deg=200, points=300)
+    scene = replace(scene, points=0.8 * scene.points)
+    matches = []
+    for i, j in combinations(range(9), 2):
+        match = scene.matches(i, j)
+        assert len(match) == 300
+        rows = np.arange(300) < 150 if j < 5 else np.arange(300) >= 150 if i >= 4 else np.zeros(300, bool)
+        values = {
+            name: getattr(match, name)[rows]
+            for name in ("xy_first", "xy_second", "confidence", "points_first", "points_second")
+        }
+        matches.append(replace(match, **values))
+    parts = [part(scene, range(5), range(36)), part(scene, [5, 6, 7, 8], range(36))]
+    given = replace(make_input(scene, list(combinations(range(9), 2)), parts), matches=matches)
+    models = build(given, tmp_path)
+    assert [list(model.cam_from_world) for model in models] == [list(given.names[:5]), list(given.names[5:])]
+    for model in models:
+        assert worst_error(model, scene) < 0.05
+
+
 def test_points_of_chance_are_no_model(tmp_path: Path) -> None:
     scene = ring(4, turn_deg=60, points=150)
     given = make_input(scene, list(combinations(range(4), 2)), [part(scene, range(4), range(6))])
