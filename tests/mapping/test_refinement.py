@@ -612,6 +612,33 @@ def test_only_alike_views_within_the_frame_are_sought() -> None:
     assert angles_deg(tracks, plane().cameras, found.point, found.image).max() > 0.9 * MAX_ANGLE_DEG
 
 
+class Cropped(Pinholes):
+    """Cameras that say that their photos end before they do."""
+
+    def size(self, image: int) -> tuple[int, int]:
+        width, height = super().size(image)
+        return width - 100, height - 60
+
+
+def test_points_outside_the_frame_or_at_its_border_are_not_sought() -> None:
+    tracks = thinned(plane().tracks(400, noise_px=0.2))
+    whole = plane().extend(tracks)
+    found = plane().extend(tracks, geometry=Cropped(**vars(plane().cameras)))
+    assert places(found) < places(whole)
+    expected = np.stack(
+        [
+            plane().cameras.project(image, tracks.points[[point]])[0]
+            for point, image in zip(whole.point.tolist(), whole.image.tolist(), strict=True)
+        ]
+    )
+    inside = (expected < [220 - 8, 180 - 8]).all(axis=1)
+    np.testing.assert_array_equal(found.xy, whole.xy[inside])
+    assert inside.sum() > 60
+    # Between the border and the frame's end, and beyond it, were some.
+    assert ((expected < [220, 180]).all(axis=1) & ~inside).sum() > 2
+    assert (expected > [220, 180]).any(axis=1).sum() > 40
+
+
 @cache
 def near_and_far() -> Set:
     """Views along one direction, from ever farther away."""
