@@ -348,6 +348,16 @@ def test_a_contradiction_costs_the_least_confident_match() -> None:
         assert {both for both, rows in named(matches).items() if not rows} == {lost}
 
 
+def test_within_a_track_all_matches_stay() -> None:
+    """Also those that are not needed to hold it together, where a doubtful one is dropped beside them."""
+    xy = [np.array([[10.5 + image, 20.5], [40.5 + image, 60.5]]) for image in range(3)]
+    good = [pair(i, j, xy[i], xy[j], [0.9, 0.8]) for i, j in combinations(range(3), 2)]
+    # The first point of image 2, and the second of image 0, in one of image 3.
+    matches = [*good, pair(2, 3, xy[2][:1], xy[0][:1], [0.7]), pair(0, 3, xy[0][1:], xy[0][:1], [0.6])]
+    kept = named(matches)
+    assert [len(kept[match.first, match.second]) for match in matches] == [2, 2, 2, 1, 0]
+
+
 def test_exact_tracks_are_as_long_as_points_are_seen() -> None:
     """With half a pixel of noise of each pair's own, and a radius that covers it."""
     scene = ring(6, turn_deg=90, points=100)

@@ -111,6 +111,22 @@ def test_the_database_holds_the_trusted_pairs_only(tmp_path: Path) -> None:
         assert [image.name for image in database.read_all_images()] == list(given.names)
 
 
+@pytest.mark.parametrize(("pixel_scale", "joined"), [(1.0, False), (2.0, True)])
+def test_keypoints_are_one_within_a_pixel_of_matching(tmp_path: Path, pixel_scale: float, joined: bool) -> None:
+    scene = spread(ring(3, turn_deg=60, points=60))
+    given = make_input(scene, [(0, 1), (0, 2)], [part(scene, range(3), [0, 1])])
+    one, two = given.matches
+    aside = replace(two, xy_first=two.xy_first + np.array([0.9, 1.2]))
+    settings = replace(SETTINGS, pixel_scale=pixel_scale)
+    write_matches(tmp_path / "database.db", replace(given, matches=[one, aside]), settings)
+    with pycolmap.Database.open(str(tmp_path / "database.db")) as database:
+        stored = np.asarray(database.read_keypoints(1))[:, :2]
+    assert len(stored) == (1 if joined else 2) * len(one)
+    if joined:
+        middle = one.xy_first + np.array([0.45, 0.6])
+        assert cKDTree(stored).query(middle)[0].max() < 1e-3
+
+
 def test_each_part_becomes_a_model(tmp_path: Path) -> None:
     scene = ring(9, points=120)
     small, large = [0, 3, 6, 8], [1, 2, 4, 5, 7]
