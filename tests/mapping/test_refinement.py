@@ -352,6 +352,8 @@ def test_the_coarse_levels_follow_the_scale_of_matching() -> None:
     def levels(pixel_scale: float) -> list[float]:
         return Refiner(load_grey=lambda _: np.zeros((1, 1), np.float32), pixel_scale=pixel_scale, threads=1).levels
 
+    known = Refiner(load_grey=lambda _: plane().photos[0], pixel_scale=8.0, threads=1, at_full_resolution=True)
+    assert known.levels == [1.0]
     assert levels(1.0) == [2.0, 1.0]
     assert levels(0.3) == [2.0, 1.0]
     assert levels(4.0) == [8.0, 4.0, 2.0, 1.0]
