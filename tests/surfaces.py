@@ -64,6 +64,12 @@ class Pinholes:
         """[2] the principal point."""
         return np.array([self.width_px / 2, self.height_px / 2])
 
+    def size(self, image: int) -> tuple[int, int]:
+        """Width and height of an image."""
+        if not 0 <= image < len(self.poses):
+            raise IndexError(image)
+        return self.width_px, self.height_px
+
     def project(self, image: int, points: Float64) -> Float64:
         """World points [M, 3] to pixels [M, 2]; NaN behind the camera."""
         local = points @ self.poses[image, :, :3].T + self.poses[image, :, 3]

@@ -60,7 +60,7 @@ def write_database(path: Path, content: DatabaseContent) -> None:
 
 
 def update_keypoints(path: Path, keypoints: Mapping[int, Float64]) -> None:
-    """Move the keypoints of images, by number [K, 2], in a database that holds as many of each; matches stay.
+    """Replace the keypoints of images, by number [K, 2]: those that are there may move, more may follow; matches stay.
 
     Raises:
         ArtifactError: it cannot be written.

@@ -76,7 +76,7 @@ def _gather(xy: Float64, confidence: Float64, radius_px: float) -> tuple[Float64
 
 
 def _groups(weight: Float64, near: Int64) -> Int64:
-    """The group [K] of each place: the heaviest in its neighbourhood gathers its neighbours, then the next.
+    """The group [K] of each place: the heaviest gathers its neighbours, then the heaviest that is left, and so on.
 
     Args:
         weight: [K] of the places.
@@ -85,17 +85,18 @@ def _groups(weight: Float64, near: Int64) -> Int64:
     rank = np.empty(len(weight), np.int64)
     rank[np.argsort(-weight, kind="stable")] = np.arange(len(weight))
     both = np.concatenate([near, near[:, ::-1]])
-    group = np.full(len(weight), -1)
-    while (free := group < 0).any():
+    free, is_centre = np.ones(len(weight), np.bool_), np.zeros(len(weight), np.bool_)
+    while free.any():
         some = both[free[both].all(axis=1)]
         best = np.where(free, rank, len(weight))
         np.minimum.at(best, some[:, 0], rank[some[:, 1]])
         centre = free & (best == rank)
-        group[centre] = rank[centre]
-        joining = some[centre[some[:, 1]]]
-        nearest = np.full(len(weight), len(weight))
-        np.minimum.at(nearest, joining[:, 0], rank[joining[:, 1]])
-        group[joining[:, 0]] = nearest[joining[:, 0]]
+        is_centre |= centre
+        free &= ~centre
+        free[some[centre[some[:, 1]], 0]] = False
+    group = np.where(is_centre, rank, len(weight))
+    joining = both[is_centre[both[:, 1]]]
+    np.minimum.at(group, joining[:, 0], rank[joining[:, 1]])
     return np.asarray(np.unique(group, return_inverse=True)[1], np.int64)
 
 

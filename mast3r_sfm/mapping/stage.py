@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,9 +96,9 @@ def build_models(
                 if given.names[image] not in taken
             }
             progress.advance()
-            for model in _coherent_models(mapper, poses):
+            for model in _coherent_models(mapper, poses, taken):
                 share = model.observed_share
-                if model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE or taken & model.cam_from_world.keys():
+                if model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
                     continue
                 final = model
                 if refiner is not None and _is_large_enough(model):
@@ -115,14 +115,22 @@ def build_models(
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
 
 
-def _coherent_models(mapper: Mapper, poses: Mapping[int, Float64]) -> Iterator[ColmapModel]:
-    """The model that poses lead to; its groups each by itself, where next to nothing holds them together."""
+def _coherent_models(mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str]) -> Iterator[ColmapModel]:
+    """The model that poses lead to; its groups each by itself, where next to nothing holds them together.
+
+    Args:
+        mapper: of the database.
+        poses: cam_from_world [3, 4] by image number.
+        taken: names of images that stand in other models; the poses are of none of them.
+    """
     waiting = [(poses, True)]
     while waiting:
         some, grow = waiting.pop(0)
         if len(some) < 2:
             continue
         model = mapper.build(some, grow=grow)
+        if taken & model.cam_from_world.keys():
+            model = mapper.build(some, grow=False)
         groups = model.groups(MIN_SHARED)
         if len(groups) == 1:
             yield model

@@ -185,6 +185,39 @@ def test_keypoints_are_moved_and_all_else_stays(content: DatabaseContent, tmp_pa
     assert [file.name for file in tmp_path.iterdir()] == ["database.db"]
 
 
+def test_more_keypoints_than_before_leave_the_matches_valid(content: DatabaseContent, tmp_path: Path) -> None:
+    """Models have further observations, which are keypoints behind those that the matches know."""
+    path = tmp_path / "database.db"
+    write_database(path, content)
+    rng = np.random.default_rng(0)
+    more = {
+        image: np.concatenate([content.keypoints[image] + 0.25, rng.uniform(0, 400, (7 * image, 2))])
+        for image in (1, 3)
+    }
+    update_keypoints(path, more)
+    with pycolmap.Database.open(str(path)) as database:
+        assert database.num_keypoints() == 5 * 60 + 7 + 21
+        for image, before in enumerate(content.keypoints):
+            stored = np.asarray(database.read_keypoints(image + 1))
+            np.testing.assert_array_equal(stored[:, :2], more.get(image, before).astype(np.float32))
+            assert database.num_keypoints_for_image(image + 1) == len(stored)
+        for (first, second), indices in content.indices.items():
+            np.testing.assert_array_equal(database.read_matches(first + 1, second + 1), indices)
+            geometry = database.read_two_view_geometry(first + 1, second + 1)
+            np.testing.assert_array_equal(geometry.inlier_matches, indices)
+        cache = pycolmap.DatabaseCache.create(database, pycolmap.DatabaseCacheOptions())
+    # What COLMAP's mapper starts from: all keypoints, and the matches of those that have any.
+    for image, before in enumerate(content.keypoints):
+        assert cache.image(image + 1).num_points2D() == len(more.get(image, before))
+    graph = cache.correspondence_graph
+    assert graph.num_image_pairs() == 9
+    assert {graph.num_correspondences_for_image(image + 1) for image in (0, 2, 4)} == {4 * 60}
+    # And back again.
+    update_keypoints(path, dict(enumerate(content.keypoints)))
+    with pycolmap.Database.open(str(path)) as database:
+        assert database.num_keypoints() == 5 * 60
+
+
 def test_a_model_reads_moved_keypoints(content: DatabaseContent, tmp_path: Path) -> None:
     """The cache from which COLMAP's mapper starts."""
     path = tmp_path / "database.db"

@@ -17,7 +17,7 @@ from mast3r_sfm.colmap.model import ColmapModel, read_model, write_models
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.geometry.rigid import camera_centre, transform_points
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Bool, Float64, Tracks
 from tests.exact import HEIGHT_PX, WIDTH_PX, ring
 
 
@@ -300,3 +300,128 @@ def test_projecting_nothing(model: ColmapModel) -> None:
     assert centre.shape == (3,)
     assert rays.shape == (0, 3)
     assert model.project(1, np.zeros((0, 3))).shape == (0, 2)
+
+
+def test_poses_and_sizes_are_by_number(model: ColmapModel) -> None:
+    poses = model.poses()
+    assert sorted(poses) == [0, 1, 2, 3]
+    for image, pose in poses.items():
+        np.testing.assert_array_equal(pose, model.cam_from_world[f"left/{image:02d}.jpg"])
+        assert model.size(image) == (WIDTH_PX, HEIGHT_PX)
+    camera = model.reconstruction.camera(model.reconstruction.image(3).camera_id)
+    camera.width, camera.height = 100, 50
+    assert model.size(2) == (100, 50)
+
+
+def test_images_that_are_not_registered_have_no_pose(model: ColmapModel) -> None:
+    frame = model.reconstruction.image(2).frame_id
+    pycolmap.ObservationManager(model.reconstruction).deregister_frame(frame)
+    assert sorted(model.poses()) == [0, 2, 3]
+    assert model.groups(10) == [[0, 2, 3]]
+
+
+def seen_in_pairs(model: ColmapModel, pairs: dict[tuple[int, int], int]) -> ColmapModel:
+    """A model whose points are each seen by one pair of images, so many by each."""
+    tracks = model.tracks()
+    kept = np.zeros(len(tracks.point), bool)
+    point = 0
+    for pair, count in pairs.items():
+        kept |= (tracks.point >= point) & (tracks.point < point + count) & np.isin(tracks.image, pair)
+        point += count
+    assert point <= len(tracks.points)
+    return model.moved(tracks, tracks.xy, kept)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "groups"),
+    [
+        ({(0, 1): 6, (1, 2): 6, (2, 3): 6}, [[0, 1, 2, 3]]),
+        ({(0, 1): 6, (1, 2): 5, (2, 3): 6}, [[0, 1], [2, 3]]),
+        ({(0, 3): 6, (1, 2): 5, (1, 3): 6}, [[0, 1, 3], [2]]),
+        ({(1, 2): 9, (2, 3): 9}, [[1, 2, 3], [0]]),
+        ({(0, 1): 5, (0, 2): 5, (0, 3): 5, (1, 2): 5, (1, 3): 5, (2, 3): 5}, [[0], [1], [2], [3]]),
+        ({}, [[0], [1], [2], [3]]),
+    ],
+)
+def test_groups_are_chains_of_images_that_share_points(
+    model: ColmapModel, pairs: dict[tuple[int, int], int], groups: list[list[int]]
+) -> None:
+    sparse = seen_in_pairs(model, pairs)
+    assert sparse.num_points == sum(pairs.values())
+    assert sparse.groups(6) == groups
+    assert sparse.groups(20) == [[0], [1], [2], [3]]
+
+
+def test_a_model_without_images_has_no_groups() -> None:
+    assert ColmapModel(pycolmap.Reconstruction()).groups(1) == []
+
+
+def further(model: ColmapModel, kept: Bool, xy: Float64) -> tuple[ColmapModel, Tracks]:
+    """A model without some of its observations, and these as further ones, at other pixels."""
+    tracks = model.tracks()
+    # Points that keep two observations at least stay, in their order.
+    assert (np.bincount(tracks.point[kept], minlength=len(tracks.points)) > 1).all()
+    gone = ~kept
+    more = Tracks(
+        points=tracks.points,
+        point=tracks.point[gone],
+        image=tracks.image[gone],
+        keypoint=np.full(int(gone.sum()), -1),
+        xy=xy[gone],
+    )
+    return model.moved(tracks, tracks.xy, kept), more
+
+
+def test_extended_points_have_further_observations(model: ColmapModel) -> None:
+    tracks = model.tracks()
+    rng = np.random.default_rng(2)
+    kept = (rng.random(len(tracks.point)) > 0.5) | (tracks.image < 2)
+    xy = tracks.xy + rng.normal(size=tracks.xy.shape)
+    fewer, more = further(model, kept, xy)
+    before = fewer.keypoints()
+    extended = fewer.extended(more)
+    again = extended.tracks()
+    np.testing.assert_array_equal(again.points, tracks.points)
+    found = dict(zip(zip(again.point.tolist(), again.image.tolist(), strict=True), again.xy.tolist(), strict=True))
+    expected = {
+        (point, image): one
+        for point, image, one in zip(
+            tracks.point.tolist(),
+            tracks.image.tolist(),
+            np.where(kept[:, None], tracks.xy, xy).tolist(),
+            strict=True,
+        )
+    }
+    assert found == expected
+    assert len(again.point) == len(tracks.point)
+    # Each is a new keypoint behind those that were there, which stay.
+    count = np.bincount(more.image, minlength=4)
+    assert count[2:].min() > 10
+    for image, after in extended.keypoints().items():
+        assert len(after) == len(before[image]) + count[image]
+        np.testing.assert_array_equal(after[: len(before[image])], before[image])
+        mine = (again.image == image) & (again.keypoint >= len(before[image]))
+        assert mine.sum() == count[image]
+    # The model that it came from is as it was.
+    for image, after in fewer.keypoints().items():
+        np.testing.assert_array_equal(after, before[image])
+    assert len(fewer.tracks().point) == kept.sum()
+
+
+def test_extended_models_are_read_as_they_were_written(model: ColmapModel, tmp_path: Path) -> None:
+    tracks = model.tracks()
+    fewer, more = further(model, (tracks.image != 3) | (tracks.point % 2 == 0), tracks.xy)
+    extended = fewer.extended(more)
+    extended.write(tmp_path / "0")
+    read = read_model(tmp_path / "0")
+    assert_same(extended, read)
+    for name in ("points", "point", "image", "keypoint", "xy"):
+        np.testing.assert_array_equal(getattr(read.tracks(), name), getattr(extended.tracks(), name))
+    for image, xy in extended.keypoints().items():
+        np.testing.assert_array_equal(read.keypoints()[image], xy)
+
+
+def test_extending_by_nothing_changes_nothing(model: ColmapModel) -> None:
+    tracks = model.tracks()
+    same, none = further(model, np.ones(len(tracks.point), bool), tracks.xy)
+    assert_same(model, same.extended(none))

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.geometry.rigid import camera_centre, compose_poses, make_pose, rotation_from_axis_angle
-from mast3r_sfm.mapping.refinement import MAX_MOVE, Geometry, Refined, Refiner
-from mast3r_sfm.synthetic.cameras import make_cameras
+from mast3r_sfm.mapping.refinement import (
+    MAX_MOVE,
+    MAX_VIEW_STRETCH,
+    MIN_SHARED,
+    MIN_VIEW_COSINE,
+    Geometry,
+    Refined,
+    Refiner,
+)
+from mast3r_sfm.synthetic.cameras import look_at, make_cameras
 from mast3r_sfm.synthetic.render import render
 from mast3r_sfm.synthetic.scenes import make_scene
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
@@ -64,6 +72,19 @@ class Set:
         shown = self.photos if photos is None else photos
         refiner = Refiner(load_grey=lambda image: shown[image], pixel_scale=pixel_scale, threads=threads)
         return refiner.refine(tracks, geometry or self.cameras)
+
+    def extend(
+        self,
+        tracks: Tracks,
+        *,
+        photos: Sequence[Float32] | None = None,
+        geometry: Geometry | None = None,
+        pixel_scale: float = 1.0,
+        threads: int = 2,
+    ) -> Tracks:
+        shown = self.photos if photos is None else photos
+        refiner = Refiner(load_grey=lambda image: shown[image], pixel_scale=pixel_scale, threads=threads)
+        return refiner.extend(tracks, geometry or self.cameras)
 
     def judge(self, tracks: Tracks, refined: Refined) -> Judgement:
         reference = references(tracks, refined)
@@ -331,6 +352,8 @@ def test_the_coarse_levels_follow_the_scale_of_matching() -> None:
     def levels(pixel_scale: float) -> list[float]:
         return Refiner(load_grey=lambda _: np.zeros((1, 1), np.float32), pixel_scale=pixel_scale, threads=1).levels
 
+    known = Refiner(load_grey=lambda _: plane().photos[0], pixel_scale=8.0, threads=1, at_full_resolution=True)
+    assert known.levels == [1.0]
     assert levels(1.0) == [2.0, 1.0]
     assert levels(0.3) == [2.0, 1.0]
     assert levels(4.0) == [8.0, 4.0, 2.0, 1.0]
@@ -498,4 +521,264 @@ def test_only_photos_of_the_model_are_read() -> None:
 
     Refiner(load_grey=load_grey, pixel_scale=1.0, threads=1).refine(some, plane().cameras)
     assert set(read) == {1, 3}
+    assert len(read) <= 4
+
+
+def central(tracks: Tracks, cameras: Pinholes) -> Int64:
+    """[K] the observation of each point that is nearest to the mean direction of all of its views."""
+    towards = camera_centre(cameras.poses)[tracks.image] - tracks.points[tracks.point]
+    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    best = []
+    for point in range(len(tracks.points)):
+        mine = np.flatnonzero(tracks.point == point)
+        best.append(mine[np.argmax(towards[mine] @ towards[mine].sum(axis=0))])
+    return np.array(best)
+
+
+def places(tracks: Tracks) -> set[tuple[int, int]]:
+    """Point and image of every observation."""
+    return set(zip(tracks.point.tolist(), tracks.image.tolist(), strict=True))
+
+
+def angles_deg(tracks: Tracks, cameras: Pinholes, points: Int64, images: Int64) -> Float64:
+    """[M] between an image's view of a point and its central one."""
+    centres = camera_centre(cameras.poses)
+    here = centres[images] - tracks.points[points]
+    there = centres[tracks.image[central(tracks, cameras)[points]]] - tracks.points[points]
+    cosine = (here * there).sum(axis=1) / np.linalg.norm(here, axis=1) / np.linalg.norm(there, axis=1)
+    return np.degrees(np.arccos(cosine.clip(-1, 1)))
+
+
+def missing(tracks: Tracks, cameras: Pinholes, max_angle_deg: float, border_px: float) -> set[tuple[int, int]]:
+    """Points and images that have no observation of them, though they are in the frame, at no more than an angle."""
+    size = np.array([cameras.width_px, cameras.height_px])
+    some: set[tuple[int, int]] = set()
+    for image in np.unique(tracks.image).tolist():
+        xy = cameras.project(image, tracks.points)
+        inside = np.flatnonzero(((xy > border_px) & (xy < size - border_px)).all(axis=1))
+        angle = angles_deg(tracks, cameras, inside, np.full(len(inside), image))
+        some |= {(point, image) for point in inside[angle < max_angle_deg].tolist()}
+    return some - places(tracks)
+
+
+def distances(made: Set, tracks: Tracks, found: Tracks) -> Float64:
+    """[O] pixels of found observations from where they show what their central view shows."""
+    best = central(tracks, made.cameras)
+    off = []
+    for point, image, xy in zip(found.point, found.image, found.xy, strict=True):
+        shown = made.seen_at(int(tracks.image[best[point]]), tracks.xy[best[[point]]])
+        off.append(np.linalg.norm(made.cameras.project(int(image), shown)[0] - xy))
+    return np.array(off)
+
+
+def thinned(tracks: Tracks, share: float = 0.3, *, seed: int = 0) -> Tracks:
+    """Without some of the observations, but with three of a point at least: of two, both are as central."""
+    rng = np.random.default_rng(seed)
+    kept = (rng.random(len(tracks.point)) > share) | (tracks.image == 2)
+    kept = chosen(tracks, kept)
+    return chosen(kept, np.bincount(kept.point)[kept.point] > 2)
+
+
+MAX_ANGLE_DEG = np.degrees(np.arccos(MIN_VIEW_COSINE))
+
+
+@pytest.mark.parametrize("made", [plane, bumps], ids=["plane", "bumps"])
+def test_what_was_taken_away_is_found_again(made: Callable[[], Set]) -> None:
+    tracks = thinned(made().tracks(noise_px=0.2))
+    before = tracks.xy.copy()
+    found = made().extend(tracks)
+    lost = missing(tracks, made().cameras, MAX_ANGLE_DEG - 0.5, MARGIN)
+    assert len(lost) > 40
+    assert len(places(found) & lost) > 0.9 * len(lost)
+    off = distances(made(), tracks, found)
+    assert 0.001 < np.median(off) < 0.03
+    assert np.quantile(off, 0.95) < 0.1
+    assert off.max() < 0.4
+    # Nothing is found twice, nor what was there.
+    assert len(places(found)) == len(found.point)
+    assert not places(found) & places(tracks)
+    np.testing.assert_array_equal(found.points, tracks.points)
+    assert (found.keypoint == -1).all()
+    np.testing.assert_array_equal(tracks.xy, before)
+    # Once found, they are not sought again.
+    assert not places(made().extend(tracks.joined(found))) & places(found)
+
+
+def test_only_alike_views_within_the_frame_are_sought() -> None:
+    tracks = thinned(plane().tracks(noise_px=0.2))
+    found = plane().extend(tracks)
+    # Some views are too far aside, and some points out of the frame.
+    wide = missing(tracks, plane().cameras, 90, MARGIN)
+    assert len(wide) > 1.2 * len(missing(tracks, plane().cameras, MAX_ANGLE_DEG, MARGIN))
+    assert places(found) <= missing(tracks, plane().cameras, MAX_ANGLE_DEG + 1e-6, 8)
+    assert angles_deg(tracks, plane().cameras, found.point, found.image).max() > 0.9 * MAX_ANGLE_DEG
+
+
+class Cropped(Pinholes):
+    """Cameras that say that their photos end before they do."""
+
+    def size(self, image: int) -> tuple[int, int]:
+        width, height = super().size(image)
+        return width - 100, height - 60
+
+
+def test_points_outside_the_frame_or_at_its_border_are_not_sought() -> None:
+    tracks = thinned(plane().tracks(400, noise_px=0.2))
+    whole = plane().extend(tracks)
+    found = plane().extend(tracks, geometry=Cropped(**vars(plane().cameras)))
+    assert places(found) < places(whole)
+    expected = np.stack(
+        [
+            plane().cameras.project(image, tracks.points[[point]])[0]
+            for point, image in zip(whole.point.tolist(), whole.image.tolist(), strict=True)
+        ]
+    )
+    inside = (expected < [220 - 8, 180 - 8]).all(axis=1)
+    np.testing.assert_array_equal(found.xy, whole.xy[inside])
+    assert inside.sum() > 60
+    # Between the border and the frame's end, and beyond it, were some.
+    assert ((expected < [220, 180]).all(axis=1) & ~inside).sum() > 2
+    assert (expected > [220, 180]).any(axis=1).sum() > 40
+
+
+@cache
+def near_and_far() -> Set:
+    """Views along one direction, from ever farther away."""
+    centres = [np.array([0.05 * row, 0.02 * row, -4 * far]) for row, far in enumerate((1.0, 1.1, 1.35, 1.7, 2.2))]
+    poses = np.stack([look_at(centre, np.zeros(3)) for centre in centres])
+    return of_surface(Surface(texture=Texture(shortest=0.15, longest=0.8)), Pinholes(poses=poses))
+
+
+def test_views_of_another_size_are_not_sought() -> None:
+    tracks = near_and_far().tracks(60, noise_px=0.1)
+    both = np.isin(tracks.image, (0, 1))
+    # Each third point is one that the farther views see, which makes them neighbours of the others.
+    some = chosen(tracks, both | (tracks.point % 3 == 0))
+    some = chosen(some, np.bincount(some.point)[some.point] > 1)
+    found = near_and_far().extend(some)
+    best = some.image[central(some, near_and_far().cameras)][found.point]
+    distance = np.array([1.0, 1.1, 1.35, 1.7, 2.2])
+    ratio = distance[found.image] / distance[best]
+    assert (found.image == 2).sum() > 20
+    assert ratio.max() < MAX_VIEW_STRETCH
+    assert ratio.min() > 1 / MAX_VIEW_STRETCH
+    assert not (found.image == 4).any()
+
+
+def test_a_point_behind_a_camera_is_not_sought_there() -> None:
+    """Warnings are errors."""
+    tracks = thinned(plane().tracks(noise_px=0.2))
+    poses = plane().cameras.poses.copy()
+    poses[1] = compose_poses(make_pose(np.diag([-1.0, 1.0, -1.0]), np.zeros(3)), poses[1])
+    found = plane().extend(tracks, geometry=replace(plane().cameras, poses=poses))
+    assert not (found.image == 1).any()
+    assert (found.image == 3).sum() > 20
+
+
+def test_what_another_thing_hides_is_not_found() -> None:
+    tracks = thinned(plane().tracks(300, noise_px=0.2))
+    card = Surface(texture=Texture(seed=7, shortest=0.075, longest=0.5)).photograph(plane().cameras, 1)
+    hidden = plane().photos[1].copy()
+    hidden[40:200, 60:200] = card[40:200, 60:200]
+    photos = (plane().photos[0], hidden, *plane().photos[2:])
+    found = plane().extend(tracks, photos=photos)
+    sought = missing(tracks, plane().cameras, MAX_ANGLE_DEG - 0.5, MARGIN)
+    rows = np.array(sorted(point for point, image in sought if image == 1))
+    x, y = plane().cameras.project(1, tracks.points[rows]).T
+    behind = set(rows[(x > 66) & (x < 194) & (y > 46) & (y < 194)].tolist())
+    beside = set(rows[(x < 45) | (x > 215) | (y < 25) | (y > 215)].tolist())
+    again = set(found.point[found.image == 1].tolist())
+    assert len(behind) > 15
+    assert len(behind & again) <= 0.03 * len(behind)
+    assert len(beside) > 15
+    # Where a point's own best view is the hidden one, it is not found elsewhere either.
+    assert len(beside & again) > 0.95 * len(beside)
+
+
+def test_of_another_scene_or_none_nothing_is_found() -> None:
+    tracks = thinned(plane().tracks(noise_px=0.2))
+    sought = missing(tracks, plane().cameras, MAX_ANGLE_DEG, MARGIN)
+    strangers = [
+        Surface(texture=Texture(seed=seed, shortest=0.075)).photograph(plane().cameras, seed) for seed in range(5)
+    ]
+    assert len(plane().extend(tracks, photos=strangers).point) <= 0.01 * len(sought)
+    blank = [np.full((240, 320), 128.0, np.float32)] * 5
+    assert len(plane().extend(tracks, photos=blank).point) == 0
+
+
+@pytest.mark.parametrize(("off_px", "pixel_scale", "good"), [(0.6, 1, True), (1.8, 1, False), (1.8, 4, True)])
+def test_what_is_found_must_be_where_the_model_expects_it(off_px: float, pixel_scale: float, good: bool) -> None:
+    """Within a pixel of matching."""
+    tracks = thinned(plane().tracks(noise_px=0.0))
+    wrong = turned(plane().cameras, 1, off_px / plane().cameras.focal_px)
+    found = plane().extend(tracks, geometry=wrong, pixel_scale=pixel_scale)
+    sought = [(point, image) for point, image in missing(tracks, wrong, MAX_ANGLE_DEG - 0.5, MARGIN) if image == 1]
+    assert len(sought) > 20
+    share = len(places(found) & set(sought)) / len(sought)
+    assert (share > 0.9) if good else (share < 0.1)
+    off = distances(plane(), tracks, found)
+    assert np.quantile(off, 0.95) < 0.2
+
+
+@pytest.mark.parametrize("shared", [MIN_SHARED - 1, MIN_SHARED])
+def test_images_that_share_few_points_are_not_searched_for_each_others(shared: int) -> None:
+    tracks = plane().tracks(noise_px=0.2)
+    common = np.flatnonzero(np.bincount(tracks.point) == 5)[:60]
+    kept = np.isin(tracks.point, common) & np.isin(tracks.image, (1, 2))
+    # All in image 2, and so many in image 1.
+    kept &= (tracks.image != 1) | np.isin(tracks.point, common[:shared])
+    some = chosen(tracks, kept)
+    found = plane().extend(some)
+    assert (found.image == 1).all()
+    assert len(found.point) == (0 if shared < MIN_SHARED else pytest.approx(60 - shared, abs=3))
+
+
+def test_where_all_is_seen_no_photo_is_read() -> None:
+    def no_photo(image: int) -> Float32:
+        raise AssertionError(f"photo {image} was read")
+
+    refiner = Refiner(load_grey=no_photo, pixel_scale=1.0, threads=2)
+    tracks = plane().tracks()
+    none = np.zeros(0, np.int64)
+    empty = Tracks(points=np.zeros((0, 3)), point=none, image=none, keypoint=none, xy=np.zeros((0, 2)))
+    for given in (chosen(tracks, np.bincount(tracks.point)[tracks.point] == 5), empty):
+        found = refiner.extend(given, plane().cameras)
+        assert found.points.shape == given.points.shape
+        assert (found.point.shape, found.image.shape, found.keypoint.shape) == ((0,), (0,), (0,))
+        assert found.xy.shape == (0, 2)
+        assert len(given.joined(found).point) == len(given.point)
+
+
+def test_where_no_view_is_alike_nothing_is_found() -> None:
+    """Something is in the frame, but seen from too far aside."""
+    tracks = plane().tracks(noise_px=0.2)
+    apart = chosen(tracks, np.isin(tracks.image, (0, 4)) & ((tracks.image == 0) | (tracks.point % 2 == 0)))
+    assert len(missing(apart, plane().cameras, 90, MARGIN)) > 20
+    found = plane().extend(apart)
+    assert len(found.point) == 0
+    assert found.xy.shape == (0, 2)
+
+
+def test_the_same_is_found_with_any_number_of_threads() -> None:
+    tracks = thinned(bumps().tracks(noise_px=0.2))
+    one, two, five = (bumps().extend(tracks, threads=threads) for threads in (1, 2, 5))
+    assert len(one.point) > 40
+    for other in (two, five):
+        for name in ("point", "image", "keypoint", "xy"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_photos_outside_the_model_are_not_searched() -> None:
+    tracks = thinned(plane().tracks(noise_px=0.2))
+    some = chosen(tracks, np.isin(tracks.image, (1, 2)))
+    read: list[int] = []
+
+    def load_grey(image: int) -> Float32:
+        read.append(image)
+        return plane().photos[image]
+
+    found = Refiner(load_grey=load_grey, pixel_scale=1.0, threads=1).extend(some, plane().cameras)
+    assert set(found.image.tolist()) <= {1, 2}
+    assert len(found.point) > 20
+    assert set(read) == {1, 2}
     assert len(read) <= 4

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pycolmap
 import pytest
 from scipy.spatial import cKDTree
 
-from mast3r_sfm.colmap.mapper import MapperSettings
+from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.evaluation.pairs import measure_pairs
+from mast3r_sfm.geometry.rigid import compose_poses, make_pose, rotation_from_axis_angle
+from mast3r_sfm.mapping import stage
 from mast3r_sfm.mapping.refinement import Geometry, Refined, Refiner
-from mast3r_sfm.mapping.stage import MIN_REFINED_PX, MapInput, build_models, photo_scale, trusted_matches, write_matches
+from mast3r_sfm.mapping.stage import (
+    MIN_REFINED_PX,
+    MIN_SHARED,
+    MapInput,
+    build_models,
+    photo_scale,
+    trusted_matches,
+    write_matches,
+)
 from mast3r_sfm.types import AlignmentResult, Float32, Float64, PairMatches, Tracks, Verdict
 from tests.exact import Listener, Scene, ring
 
@@ -58,7 +69,7 @@ def trusted(given: MapInput) -> list[tuple[int, int]]:
 
 
 def build(given: MapInput, folder: Path, listener: Listener | None = None) -> list[ColmapModel]:
-    write_matches(folder / "database.db", given, "SIMPLE_RADIAL")
+    write_matches(folder / "database.db", given, SETTINGS)
     return build_models(folder / "database.db", given, SETTINGS, listener or Listener())
 
 
@@ -92,12 +103,28 @@ def test_without_parts_all_links_are_trusted() -> None:
 def test_the_database_holds_the_trusted_pairs_only(tmp_path: Path) -> None:
     scene = ring(4, turn_deg=60, points=50)
     given = make_input(scene, list(combinations(range(4), 2)), [part(scene, range(4), [0, 1, 2, 4, 5])])
-    write_matches(tmp_path / "database.db", given, "OPENCV")
+    write_matches(tmp_path / "database.db", given, replace(SETTINGS, config=MapConfig(camera_model="OPENCV")))
     with pycolmap.Database.open(str(tmp_path / "database.db")) as database:
         assert database.num_verified_image_pairs() == 5
         assert not database.exists_matches(2, 3)  # the fourth pair is (1, 2)
         assert database.read_camera(1).model.name == "OPENCV"
         assert [image.name for image in database.read_all_images()] == list(given.names)
+
+
+@pytest.mark.parametrize(("pixel_scale", "joined"), [(1.0, False), (2.0, True)])
+def test_keypoints_are_one_within_a_pixel_of_matching(tmp_path: Path, pixel_scale: float, joined: bool) -> None:
+    scene = spread(ring(3, turn_deg=60, points=60))
+    given = make_input(scene, [(0, 1), (0, 2)], [part(scene, range(3), [0, 1])])
+    one, two = given.matches
+    aside = replace(two, xy_first=two.xy_first + np.array([0.9, 1.2]))
+    settings = replace(SETTINGS, pixel_scale=pixel_scale)
+    write_matches(tmp_path / "database.db", replace(given, matches=[one, aside]), settings)
+    with pycolmap.Database.open(str(tmp_path / "database.db")) as database:
+        stored = np.asarray(database.read_keypoints(1))[:, :2]
+    assert len(stored) == (1 if joined else 2) * len(one)
+    if joined:
+        middle = one.xy_first + np.array([0.45, 0.6])
+        assert cKDTree(stored).query(middle)[0].max() < 1e-3
 
 
 def test_each_part_becomes_a_model(tmp_path: Path) -> None:
@@ -125,6 +152,28 @@ def test_an_image_stands_in_one_model_only(tmp_path: Path) -> None:
     (model,) = build(given, tmp_path)
     assert len(model.cam_from_world) == 6
     assert worst_error(model, scene) < 0.05
+
+
+def test_a_part_that_would_take_in_an_image_of_another_stays_without_it(tmp_path: Path) -> None:
+    """The last image of the first part sees many points of the second, which the others of the first do not see."""
+    scene = ring(9, turn_deg=200, points=300)
+    scene = replace(scene, points=0.8 * scene.points)
+    matches = []
+    for i, j in combinations(range(9), 2):
+        match = scene.matches(i, j)
+        assert len(match) == 300
+        rows = np.arange(300) < 150 if j < 5 else np.arange(300) >= 150 if i >= 4 else np.zeros(300, bool)
+        values = {
+            name: getattr(match, name)[rows]
+            for name in ("xy_first", "xy_second", "confidence", "points_first", "points_second")
+        }
+        matches.append(replace(match, **values))
+    parts = [part(scene, range(5), range(36)), part(scene, [5, 6, 7, 8], range(36))]
+    given = replace(make_input(scene, list(combinations(range(9), 2)), parts), matches=matches)
+    models = build(given, tmp_path)
+    assert [list(model.cam_from_world) for model in models] == [list(given.names[:5]), list(given.names[5:])]
+    for model in models:
+        assert worst_error(model, scene) < 0.05
 
 
 def test_points_of_chance_are_no_model(tmp_path: Path) -> None:
@@ -190,7 +239,10 @@ class Knowing(Refiner):
     """Images."""
     spared: int = 0
     """Observations of these that are kept all the same."""
+    finds: bool = True
+    """Whether what an image does not show yet is found in it."""
     calls: list[Tracks] = field(default_factory=list)
+    extensions: list[Tracks] = field(default_factory=list)
 
     def refine(self, tracks: Tracks, geometry: Geometry) -> Refined:
         assert isinstance(geometry, ColmapModel)
@@ -202,16 +254,43 @@ class Knowing(Refiner):
             kept[mine[: self.spared]] = True
         return Refined(xy=xy, kept=kept)
 
+    def extend(self, tracks: Tracks, geometry: Geometry) -> Tracks:
+        assert isinstance(geometry, ColmapModel)
+        self.extensions.append(tracks)
+        there = set(zip(tracks.point.tolist(), tracks.image.tolist(), strict=True))
+        first = np.unique(tracks.point, return_index=True)[1]
+        rows = []
+        for point, row in enumerate(first.tolist()):
+            meant = int(cKDTree(self.true[tracks.image[row]]).query(tracks.xy[row])[1])
+            for image in np.unique(tracks.image).tolist():
+                if self.finds and (point, image) not in there:
+                    rows.append((point, image, *self.true[image, meant]))
+        table = np.array(rows).reshape(-1, 4)
+        return Tracks(
+            points=tracks.points,
+            point=table[:, 0].astype(np.int64),
+            image=table[:, 1].astype(np.int64),
+            keypoint=np.full(len(table), -1),
+            xy=table[:, 2:],
+        )
+
 
 def no_photo(image: int) -> Float32:
     raise AssertionError(f"photo {image} was read")
 
 
+def spread(scene: Scene) -> Scene:
+    """Without points that come near another in some image, so that each pixel tells its point."""
+    views = [cKDTree(scene.project(image)) for image in range(len(scene.poses))]
+    crowded = {point for view in views for both in view.query_pairs(4) for point in both}
+    return replace(scene, points=np.delete(scene.points, sorted(crowded), axis=0))
+
+
 def noisy_input(
-    scene: Scene, parts: Sequence[Sequence[int]], *, scale: float = 1.0, rejected: tuple[int, ...] = (), spared: int = 0
+    scene: Scene, parts: Sequence[Sequence[int]], *, scale: float = 1.0, **knowing: Any
 ) -> tuple[MapInput, Knowing]:
     """Parts whose keypoints have 0.7 px of noise, and what knows the truth; all in photos `scale` times as large."""
-    number = len(scene.poses)
+    number, scene = len(scene.poses), spread(scene)
     true = scale * np.stack([scene.project(image) for image in range(number)])
     noisy = true + 0.7 * scale * np.random.default_rng(3).normal(size=true.shape)
     pairs = [pair for images in parts for pair in combinations(images, 2)]
@@ -228,15 +307,13 @@ def noisy_input(
     for match in given.matches:
         seen = scene.sees(match.first) & scene.sees(match.second)
         matches.append(replace(match, xy_first=noisy[match.first][seen], xy_second=noisy[match.second][seen]))
-    refiner = Knowing(
-        load_grey=no_photo, pixel_scale=1.0, threads=1, noisy=noisy, true=true, rejected=rejected, spared=spared
-    )
+    refiner = Knowing(load_grey=no_photo, pixel_scale=1.0, threads=1, noisy=noisy, true=true, **knowing)
     return replace(given, matches=matches, rig=scene.rig(photo_scale=scale)), refiner
 
 
 def build_refined(given: MapInput, folder: Path, refiner: Refiner | None, scale: float = 1.0) -> list[ColmapModel]:
-    write_matches(folder / "database.db", given, "SIMPLE_RADIAL")
     settings = replace(SETTINGS, pixel_scale=scale)
+    write_matches(folder / "database.db", given, settings)
     return build_models(folder / "database.db", given, settings, Listener(), refiner)
 
 
@@ -280,20 +357,52 @@ def test_where_refined_observations_do_not_hold_an_image_all_stays(
     (plain,) = build_refined(given, tmp_path, None)
     (refined,) = build_refined(given, tmp_path, refiner)
     assert len(refiner.calls) == 1
+    assert refiner.extensions == []
     for name, pose in plain.cam_from_world.items():
         np.testing.assert_array_equal(pose, refined.cam_from_world[name])
     assert plain.summary("") == refined.summary("")
     assert_database_agrees(tmp_path, [refined])
 
 
-def test_an_image_may_lose_many_of_its_observations(tmp_path: Path) -> None:
-    scene = ring(4, turn_deg=80, points=100)
-    given, refiner = noisy_input(scene, [range(4)], rejected=(2,), spared=25)
+@pytest.mark.parametrize("finds", [False, True])
+def test_an_image_may_lose_many_of_its_observations(tmp_path: Path, finds: bool) -> None:
+    """And gets them back, where the refiner finds them; they are new keypoints then."""
+    scene = ring(4, turn_deg=80, points=160)
+    given, refiner = noisy_input(scene, [range(4)], rejected=(2,), spared=25, finds=finds)
+    (plain,) = build_refined(given, tmp_path, None)
     (refined,) = build_refined(given, tmp_path, refiner)
     assert worst_error(refined, scene) < 0.01
-    tracks = refined.tracks()
-    assert np.bincount(tracks.image).tolist()[2] == 25
+    count = np.bincount(refined.tracks().image)
+    assert count[2] == (count[0] if finds else 25)
+    assert count[0] > 95
     assert_database_agrees(tmp_path, [refined])
+    (seen,) = refiner.extensions
+    before = np.bincount(seen.image)
+    assert before[2] == 25
+    # All that is new is a keypoint more.
+    for image, xy in refined.keypoints().items():
+        assert len(xy) - len(plain.keypoints()[image]) == count[image] - before[image]
+
+
+def test_further_observations_are_adjusted_to(tmp_path: Path) -> None:
+    """Those that are wrong are dropped again, and the true ones of the same points stay."""
+    scene = ring(4, turn_deg=80, points=160)
+    given, knowing = noisy_input(scene, [range(4)], rejected=(2,), spared=25)
+
+    class Misled(Knowing):
+        def extend(self, tracks: Tracks, geometry: Geometry) -> Tracks:
+            found = super().extend(tracks, geometry)
+            wrong = np.arange(len(found.point)) % 3 == 0
+            return replace(found, xy=found.xy + np.where(wrong[:, None], 15.0, 0.0))
+
+    (refined,) = build_refined(given, tmp_path, Misled(**vars(knowing)))
+    assert worst_error(refined, scene) < 0.01
+    tracks = refined.tracks()
+    mine = tracks.image == 2
+    lost = np.bincount(tracks.image)[0] - 25
+    assert 25 + 0.6 * lost < mine.sum() <= 25 + np.ceil(2 / 3 * lost)
+    assert cKDTree(knowing.true[2]).query(tracks.xy[mine])[0].max() < 1e-6
+    assert np.bincount(tracks.image)[0] > 95
 
 
 @pytest.mark.parametrize("large_enough", [True, False])
@@ -310,3 +419,109 @@ def test_what_is_no_model_is_not_refined(tmp_path: Path) -> None:
     given, refiner = noisy_input(ring(4, turn_deg=60, points=19), [range(4)])
     assert build_refined(given, tmp_path, refiner) == []
     assert refiner.calls == []
+
+
+def two_clusters(shared: int, *, seed: int = 0) -> tuple[Scene, MapInput]:
+    """Two groups of four images, each with 120 points of its own, of one part; all images see `shared` more points."""
+    scene = ring(8, turn_deg=200, points=240 + shared, seed=seed)
+    scene = replace(scene, points=0.8 * scene.points)
+    group = np.arange(8) // 4
+    rng = np.random.default_rng(seed)
+    matches = []
+    for i, j in combinations(range(8), 2):
+        match = scene.matches(i, j)
+        assert len(match) == len(scene.points)
+        number = np.arange(len(match))
+        common = number >= 240
+        rows = common | (number // 120 == group[i]) if group[i] == group[j] else common
+        values = {
+            name: getattr(match, name)[rows]
+            for name in ("xy_first", "xy_second", "confidence", "points_first", "points_second")
+        }
+        matches.append(replace(match, **values))
+    given = MapInput(
+        names=[f"{image:02d}.jpg" for image in range(8)],
+        rig=scene.rig(),
+        matches=matches,
+        parts=[part(scene, rng.permutation(8).tolist(), range(28))],
+    )
+    return scene, given
+
+
+@pytest.mark.parametrize("shared", [0, 5, MIN_SHARED - 1, MIN_SHARED + 3, 60])
+def test_what_next_to_nothing_holds_together_is_taken_apart(tmp_path: Path, shared: int) -> None:
+    scene, given = two_clusters(shared)
+    models = build(given, tmp_path)
+    names = [list(model.cam_from_world) for model in models]
+    if shared > MIN_SHARED:
+        assert names == [list(given.names)]
+    else:
+        assert sorted(names) == [list(given.names[:4]), list(given.names[4:])]
+    for model in models:
+        assert worst_error(model, scene) < 0.05
+        assert model.num_points >= 120
+        assert len(model.groups(MIN_SHARED)) == 1
+
+
+def test_where_groups_stand_wrong_to_each_other_each_is_right_by_itself(tmp_path: Path) -> None:
+    scene, given = two_clusters(6)
+    (whole,) = given.parts
+    poses = whole.cam_from_world.copy()
+    second = whole.images >= 4
+    turn = make_pose(rotation_from_axis_angle(np.array([0.0, 0.4, 0.0])), np.array([1.5, 0.0, 0.5]))
+    poses[second] = [compose_poses(pose, turn) for pose in poses[second]]
+    models = build(replace(given, parts=[replace(whole, cam_from_world=poses)]), tmp_path)
+    assert sorted(list(model.cam_from_world) for model in models) == [list(given.names[:4]), list(given.names[4:])]
+    for model in models:
+        assert worst_error(model, scene) < 0.05
+
+
+def test_an_image_alone_is_no_model(tmp_path: Path) -> None:
+    """One that hangs on a few points is left out, and the others stay together."""
+    scene = ring(5, turn_deg=80, points=150)
+    matches = []
+    for pair in combinations(range(5), 2):
+        match = scene.matches(*pair)
+        count = 12 if 4 in pair else len(match)
+        values = {
+            name: getattr(match, name)[:count]
+            for name in ("xy_first", "xy_second", "confidence", "points_first", "points_second")
+        }
+        matches.append(replace(match, **values))
+    given = make_input(scene, list(combinations(range(5), 2)), [part(scene, range(5), range(10))])
+    (model,) = build(replace(given, matches=matches), tmp_path)
+    assert list(model.cam_from_world) == list(given.names[:4])
+    assert worst_error(model, scene) < 0.05
+
+
+class Falling(Mapper):
+    """Builds models that always fall into the first image and the others, whatever they are built from."""
+
+    built: ClassVar[list[tuple[list[int], bool]]] = []
+
+    def build(self, poses: Mapping[int, Float64], *, grow: bool = True) -> ColmapModel:
+        self.built.append((sorted(poses), grow))
+        model = super().build(poses, grow=False)
+        numbers = sorted(poses)
+
+        class Model(ColmapModel):
+            def groups(self, min_shared: int) -> list[list[int]]:
+                assert min_shared == MIN_SHARED
+                return [numbers[1:], numbers[:1]]
+
+        return Model(model.reconstruction)
+
+
+def test_taking_apart_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = ring(5, turn_deg=80, points=100)
+    given = make_input(scene, list(combinations(range(5), 2)), [part(scene, range(5), range(10))])
+    monkeypatch.setattr(Falling, "built", [])
+    monkeypatch.setattr(stage, "Mapper", Falling)
+    assert build(given, tmp_path) == []
+    # Only the whole may take in further images; a group would grow to what was taken apart.
+    assert Falling.built == [
+        ([0, 1, 2, 3, 4], True),
+        ([1, 2, 3, 4], False),
+        ([2, 3, 4], False),
+        ([3, 4], False),
+    ]
