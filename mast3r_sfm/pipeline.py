@@ -176,7 +176,8 @@ class _Run:
         if not parts:
             raise ReconstructionError(why_nothing(matches))
         with self._stage("map") as report:
-            given = map_stage.MapInput(names=photos.names, rig=rig, matches=matches, parts=parts)
+            detected = not isinstance(model, DenseModel) or self.matching.features == "sift"
+            given = map_stage.MapInput(names=photos.names, rig=rig, matches=matches, parts=parts, detected=detected)
             models = self._map(photos, given, encodings, report)
         with self._stage("export") as report:
             self._export(models, photos, matches, report)

@@ -70,6 +70,7 @@ class Mapper:
         while grow and self._register_more(mapper, triangulation):
             self._adjust(mapper, triangulation)
         self._settle_principal_points(mapper, reconstruction, triangulation)
+        _one_observation_per_image(mapper.observation_manager, reconstruction)
         mapper.end_reconstruction(False)
         return self._finish(reconstruction)
 
@@ -217,6 +218,26 @@ def _adjust(
     bounds = options.min_focal_length_ratio, options.max_focal_length_ratio, options.max_extra_param
     for frame in manager.filter_frames(*bounds, 1):
         manager.deregister_frame(frame)
+
+
+def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
+    """Of several keypoints that one image has in a track, keep the one nearest to where the point projects."""
+    for number in sorted(reconstruction.point3D_ids()):
+        point = reconstruction.point3D(number)
+        seen: dict[int, list[int]] = {}
+        for element in point.track.elements:
+            seen.setdefault(element.image_id, []).append(element.point2D_idx)
+        for image_id, keypoints in seen.items():
+            if len(keypoints) > 1:
+                image = reconstruction.image(image_id)
+                projected = image.project_point(point.xyz)
+                errors = [
+                    np.inf if projected is None else float(np.linalg.norm(image.point2D(keypoint).xy - projected))
+                    for keypoint in keypoints
+                ]
+                for keypoint in np.delete(keypoints, int(np.argmin(errors))).tolist():
+                    if reconstruction.exists_point3D(number):
+                        manager.delete_observation(image_id, keypoint)
 
 
 def _is_centred(camera: pycolmap.Camera) -> bool:

@@ -19,7 +19,7 @@ _LEAST = 1e-3
 
 
 def share_keypoints(
-    matches: Sequence[PairMatches], num_images: int, radius_px: float = 0.0
+    matches: Sequence[PairMatches], num_images: int, radius_px: float = 0.0, *, split: bool = True
 ) -> tuple[list[Float64], Indices]:
     """Gather the matched pixels of every image, and join the matches to tracks that see each image once.
 
@@ -31,6 +31,7 @@ def share_keypoints(
         matches: verified pairs.
         num_images: how many images the indices run over.
         radius_px: photo pixels.
+        split: whether contradictions are resolved here, by confidence, rather than by the geometry of the model.
 
     Returns:
         keypoints [K, 2] in photo pixels per image, sorted by x then y, no two within `radius_px`; keypoint indices
@@ -52,7 +53,8 @@ def share_keypoints(
             columns[pair][:, side] = place[start : start + len(one)]
             start += len(one)
     kept = [_one_to_one(columns[pair], match) for pair, match in enumerate(matches)]
-    consistent = _split_tracks(matches, columns, kept, np.array([len(xy) for xy in keypoints], np.int64))
+    sizes = np.array([len(xy) for xy in keypoints], np.int64)
+    consistent = _split_tracks(matches, columns, kept, sizes) if split else kept
     return keypoints, {
         (match.first, match.second): columns[pair][consistent[pair]] for pair, match in enumerate(matches)
     }

@@ -23,7 +23,8 @@ MIN_OBSERVED_SHARE = 0.1
 """Share of its images' matched keypoints that a model must explain. Right models explain 0.4 and more on the sets at
 hand, a mostly wrong one 0.23. It is no proof: of an object without texture, a wrong model explained 0.6."""
 KEYPOINT_RADIUS = 1.0
-"""Pixels of matching within which what pairs and detectors find is one keypoint."""
+"""Pixels of matching within which what pairs and detectors find is one keypoint; half as much where photos were seen at
+less than MIN_REFINED_PX, since there a pixel is a place of its own."""
 MIN_SHARED = 15
 """Points that hold two images together. In right models, the least that ties an image to the others is 44; between two
 halves of a ring that hung on thin pairs, and stood to each other as it happened, it was 13."""
@@ -44,12 +45,18 @@ class MapInput:
     matches: Sequence[PairMatches]
     """All edges of the view graph."""
     parts: Sequence[AlignmentResult]
+    detected: bool = True
+    """The matched pixels are keypoints, the same in all pairs of an image. Those of a dense model are not: they lie
+    side by side, two pairs hit neighbouring ones by their noise, and the geometry has to tell tracks apart."""
 
 
 def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
     """Write database.db with the shared keypoints and the verified pairs."""
     verified = trusted_matches(given)
-    keypoints, indices = share_keypoints(verified, len(given.names), KEYPOINT_RADIUS * settings.pixel_scale)
+    sizes = [max(camera.width_px, camera.height_px) for camera in given.rig.cameras]
+    is_small = min(sizes) < MIN_REFINED_PX * settings.pixel_scale
+    radius = KEYPOINT_RADIUS * settings.pixel_scale * (0.5 if is_small else 1.0)
+    keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected)
     content = DatabaseContent(
         names=given.names,
         rig=given.rig,

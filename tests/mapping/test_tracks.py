@@ -112,14 +112,12 @@ def views() -> Mapping[str, View]:
     return make_views("facade", 5, width_px=96, height_px=72)
 
 
-@pytest.mark.parametrize(("pixel_px", "in_database", "in_model"), [(0.0, 0.8, 0.88), (1.0, 0.75, 0.8)])
+@pytest.mark.parametrize("pixel_px", [0.0, 1.0])
 def test_tracks_of_a_dense_model_are_long(
     views: Mapping[str, View],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     pixel_px: float,
-    in_database: float,
-    in_model: float,
 ) -> None:
     """The noise is of each pair's own, at both ends: more than the radius within which keypoints are one."""
     oracle = OracleModel(views, OracleNoise(pixel_px=pixel_px))
@@ -133,11 +131,7 @@ def test_tracks_of_a_dense_model_are_long(
         seen: Float64 = count[image][row, column].astype(np.float64)
         return seen
 
-    tracks = database_tracks(tmp_path / "out" / "database.db")
-    assert_once(tracks)
-    assert len(tracks.points) > 1000
-    assert in_database < share_of_true_length(tracks, times_seen) < 1
     mapped = read_model(tmp_path / "out" / "sparse" / "0").tracks()
     assert_once(mapped)
     assert len(mapped.points) > 1000
-    assert in_model < share_of_true_length(mapped, times_seen) < 1.05
+    assert 0.9 < share_of_true_length(mapped, times_seen) < 1.05
