@@ -177,7 +177,14 @@ class _Run:
             raise ReconstructionError(why_nothing(matches))
         with self._stage("map") as report:
             detected = not isinstance(model, DenseModel) or self.matching.features == "sift"
-            given = map_stage.MapInput(names=photos.names, rig=rig, matches=matches, parts=parts, detected=detected)
+            given = map_stage.MapInput(
+                names=photos.names,
+                rig=rig,
+                matches=matches,
+                parts=parts,
+                detected=detected,
+                matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
+            )
             models = self._map(photos, given, encodings, report)
         with self._stage("export") as report:
             self._export(models, photos, matches, report)

@@ -140,6 +140,8 @@ class Refiner:
         Returns:
             the same points with the new observations alone, whose keypoint is -1.
         """
+        if not len(tracks.point):
+            return tracks
         directions = _towards_cameras(tracks, geometry)
         reference, mean = _central_views(tracks, directions)
         expected = _expected(tracks, geometry, directions[reference])

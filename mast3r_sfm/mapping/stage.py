@@ -48,6 +48,8 @@ class MapInput:
     detected: bool = True
     """The matched pixels are keypoints, the same in all pairs of an image. Those of a dense model are not: they lie
     side by side, two pairs hit neighbouring ones by their noise, and the geometry has to tell tracks apart."""
+    matched_px: float | None = None
+    """Photo pixels per pixel that was matched, where that is not a pixel of matching: in windows at full resolution."""
 
 
 def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
@@ -55,7 +57,7 @@ def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None
     verified = trusted_matches(given)
     sizes = [max(camera.width_px, camera.height_px) for camera in given.rig.cameras]
     is_small = min(sizes) < MIN_REFINED_PX * settings.pixel_scale
-    radius = KEYPOINT_RADIUS * settings.pixel_scale * (0.5 if is_small else 1.0)
+    radius = KEYPOINT_RADIUS * (given.matched_px or settings.pixel_scale) * (0.5 if is_small else 1.0)
     keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected)
     content = DatabaseContent(
         names=given.names,
