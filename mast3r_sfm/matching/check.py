@@ -117,8 +117,8 @@ def min_significant_inliers(num_putative: int, config: MatchConfig) -> float:
     """Distinct inliers below which an epipolar geometry is no evidence.
 
     Among N distinct random matches, RANSAC finds a geometry that fits a share of them by chance: the more matches, the
-    more. Of 1,300 pairs of photos of different places (benchmarks/chance_matches.py), none has more than 12 by XFeat's
-    keypoints; 99 % stay below 8 + 0.12·N, and none reaches beyond 9 + 0.12·N.
+    more. Of 900 pairs of photos of different places, none has more than 16 and none more than 12 + 0.12·N, by XFeat's
+    keypoints, by SIFT's or by both (as benchmarks/chance_matches.py measures).
     """
     return config.min_inliers + config.chance_share * num_putative
 
