@@ -24,12 +24,14 @@ MIN_OBSERVED_SHARE = 0.1
 hand, a mostly wrong one 0.23. It is no proof: of an object without texture, a wrong model explained 0.6."""
 KEYPOINT_RADIUS = 1.0
 """Pixels of matching within which what pairs and detectors find is one keypoint; half as much where photos were seen at
-less than MIN_REFINED_PX, since there a pixel is a place of its own."""
+less than SMALL_PX, since there a pixel is a place of its own."""
+SMALL_PX = 256
 MIN_SHARED = 15
 """Points that hold two images together. In right models, the least that ties an image to the others is 44; between two
 halves of a ring that hung on thin pairs, and stood to each other as it happened, it was 13."""
-MIN_REFINED_PX = 256
-"""Long side of photos below which patches are no detail any more: of 96 px wide renderings, refined poses are worse."""
+MIN_REFINED_PX = 384
+"""Long side of photos below which they are not refined: a patch shows too much of the surface to be flat. Rotations of
+an exact scene (an object from 8 places, 1 px of noise) went from 0.09° to 0.68° at 256 px, from 0.24° to 0.11° at 400."""
 MIN_OBSERVATIONS = 6
 """Refined observations that every image must keep, unless it had fewer: its pose rests on them."""
 DOUBTFUL_SHARE = 0.3
@@ -56,7 +58,7 @@ def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None
     """Write database.db with the shared keypoints and the verified pairs."""
     verified = trusted_matches(given)
     sizes = [max(camera.width_px, camera.height_px) for camera in given.rig.cameras]
-    is_small = min(sizes) < MIN_REFINED_PX * settings.pixel_scale
+    is_small = min(sizes) < SMALL_PX * settings.pixel_scale
     radius = KEYPOINT_RADIUS * (given.matched_px or settings.pixel_scale) * (0.5 if is_small else 1.0)
     keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected)
     content = DatabaseContent(
