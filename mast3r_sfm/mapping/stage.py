@@ -14,7 +14,7 @@ from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
-from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Tracks
+from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig
 
 CODE_VERSION = 3
 MIN_POINTS = 20
@@ -163,15 +163,17 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapMode
     tracks = model.tracks()
     refined = refiner.refine(tracks, model)
     adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
-    same_images = adjusted.cam_from_world.keys() == model.cam_from_world.keys()
-    if not same_images or not _holds_all(adjusted, tracks):
+    if not _holds_all(adjusted, model):
         return model
-    return mapper.readjust(adjusted.extended(refiner.extend(adjusted.tracks(), adjusted)))
+    further = mapper.readjust(adjusted.extended(refiner.extend(adjusted.tracks(), adjusted)))
+    return further if _holds_all(further, model) else adjusted
 
 
-def _holds_all(adjusted: ColmapModel, before: Tracks) -> bool:
-    """Whether all images still rest on something: COLMAP leaves those in a small model that lost all observations."""
-    count_before = np.bincount(before.image)
+def _holds_all(adjusted: ColmapModel, before: ColmapModel) -> bool:
+    """Whether all images are still there and rest on something: COLMAP leaves in those that lost all observations."""
+    if adjusted.cam_from_world.keys() != before.cam_from_world.keys():
+        return False
+    count_before = np.bincount(before.tracks().image)
     count = np.bincount(adjusted.tracks().image, minlength=len(count_before))
     return adjusted.num_points >= MIN_POINTS and bool((count >= count_before.clip(max=MIN_OBSERVATIONS)).all())
 

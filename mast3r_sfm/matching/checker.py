@@ -53,27 +53,26 @@ class PairChecker:
         with ThreadPoolExecutor(workers) as pool:
             yield from _ordered(pool, tasks, 2 * workers)
 
-    def putative(self, pair: Pair) -> Putative:
-        """The matches of all keypoints of a pair."""
-        return self._match(self._views(pair), self._keypoints(pair))
-
-    def _views(self, pair: Pair) -> Views:
+    def views(self, pair: Pair) -> Views:
+        """The model's encodings of a pair; not for several threads at once."""
         return self.encodings[pair[0]], self.encodings[pair[1]]
 
-    def _keypoints(self, pair: Pair) -> list[Views]:
+    def keypoints(self, pair: Pair) -> list[Views]:
+        """The keypoints of a pair by source; not for several threads at once."""
         return [(source.encodings[pair[0]], source.encodings[pair[1]]) for source in self.sources]
 
-    def _match(self, pixels: Views, keypoints: Sequence[Views]) -> Putative:
+    def match(self, pixels: Views, keypoints: Sequence[Views]) -> Putative:
+        """The matches of all keypoints of a pair."""
         return join_putative(
             [match_keypoints(views, source, pixels) for views, source in zip(keypoints, self.sources, strict=True)]
         )
 
     def _keypoint_tasks(self, pairs: Sequence[Pair]) -> Iterator[Callable[[], list[EpipolarEdge]]]:
         for pair in pairs:
-            yield partial(self._check_keypoints, pair, self._views(pair), self._keypoints(pair))
+            yield partial(self._check_keypoints, pair, self.views(pair), self.keypoints(pair))
 
     def _check_keypoints(self, pair: Pair, pixels: Views, keypoints: Sequence[Views]) -> list[EpipolarEdge]:
-        return [check_pair(pair, self._match(pixels, keypoints), self.config, self.seed)]
+        return [check_pair(pair, self.match(pixels, keypoints), self.config, self.seed)]
 
     def _dense_tasks(self, model: DenseModel, pairs: Sequence[Pair]) -> Iterator[Callable[[], list[EpipolarEdge]]]:
         sizes: dict[tuple[tuple[int, int], ...], list[Pair]] = {}
@@ -82,7 +81,7 @@ class PairChecker:
         for alike in sizes.values():
             for start in range(0, len(alike), model.pairs_at_once):
                 some = alike[start : start + model.pairs_at_once]
-                views, keypoints = [self._views(pair) for pair in some], [self._keypoints(pair) for pair in some]
+                views, keypoints = [self.views(pair) for pair in some], [self.keypoints(pair) for pair in some]
                 yield partial(self._check_dense, model, some, views, keypoints)
 
     def _check_dense(
@@ -95,7 +94,7 @@ class PairChecker:
         edges = []
         for number, putative, points_at in found:
             if self.sources:
-                others = self._match(views[number], keypoints[number])
+                others = self.match(views[number], keypoints[number])
                 putative = _with_points(join_putative([putative, others]), views[number], points_at)
             edge = check_pair(pairs[number], putative, self.config, self.seed)
             edges.append(edge if self.fine is None else self.fine.refine(edge, views[number], points_at))

@@ -95,9 +95,8 @@ class Matcher:
         def rematch(number: int) -> EpipolarEdge:
             pair = edges[number].first, edges[number].second
             with reading:
-                views = checker.encodings[pair[0]], checker.encodings[pair[1]]
-                others = checker.putative(pair)
-            return match_hard_pair(checker, model, pair, views, others)
+                views, keypoints = checker.views(pair), checker.keypoints(pair)
+            return match_hard_pair(checker, model, pair, views, checker.match(views, keypoints))
 
         with ThreadPoolExecutor(checker.threads) as pool:
             return settle_hanging_pairs(edges, self.num_images, rematch, pool)
