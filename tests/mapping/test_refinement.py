@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,31 +61,17 @@ class Set:
             xy=table[:, 2:] + noise_px * rng.normal(size=(len(table), 2)),
         )
 
-    def refine(
-        self,
-        tracks: Tracks,
-        *,
-        photos: Sequence[Float32] | None = None,
-        geometry: Geometry | None = None,
-        pixel_scale: float = 1.0,
-        threads: int = 2,
-    ) -> Refined:
+    def refiner(
+        self, *, photos: Sequence[Float32] | None = None, pixel_scale: float = 1.0, threads: int = 2
+    ) -> Refiner:
         shown = self.photos if photos is None else photos
-        refiner = Refiner(load_grey=lambda image: shown[image], pixel_scale=pixel_scale, threads=threads)
-        return refiner.refine(tracks, geometry or self.cameras)
+        return Refiner(load_grey=lambda image: shown[image], pixel_scale=pixel_scale, threads=threads)
 
-    def extend(
-        self,
-        tracks: Tracks,
-        *,
-        photos: Sequence[Float32] | None = None,
-        geometry: Geometry | None = None,
-        pixel_scale: float = 1.0,
-        threads: int = 2,
-    ) -> Tracks:
-        shown = self.photos if photos is None else photos
-        refiner = Refiner(load_grey=lambda image: shown[image], pixel_scale=pixel_scale, threads=threads)
-        return refiner.extend(tracks, geometry or self.cameras)
+    def refine(self, tracks: Tracks, *, geometry: Geometry | None = None, **how: Any) -> Refined:
+        return self.refiner(**how).refine(tracks, geometry or self.cameras)
+
+    def extend(self, tracks: Tracks, *, geometry: Geometry | None = None, **how: Any) -> Tracks:
+        return self.refiner(**how).extend(tracks, geometry or self.cameras)
 
     def judge(self, tracks: Tracks, refined: Refined) -> Judgement:
         reference = references(tracks, refined)

@@ -364,6 +364,27 @@ def test_where_refined_observations_do_not_hold_an_image_all_stays(
     assert_database_agrees(tmp_path, [refined])
 
 
+def test_where_further_observations_do_not_hold_an_image_those_before_them_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, refiner = noisy_input(ring(4, turn_deg=80, points=160), [range(4)])
+    readjust, results = Mapper.readjust, []
+
+    def losing(self: Mapper, model: ColmapModel) -> ColmapModel:
+        """The second adjustment loses an image."""
+        results.append(readjust(self, model))
+        if len(results) == 2:
+            tracks = results[1].tracks()
+            return results[1].moved(tracks, tracks.xy, tracks.image != 2)
+        return results[0]
+
+    monkeypatch.setattr(Mapper, "readjust", losing)
+    (refined,) = build_refined(given, tmp_path, refiner)
+    assert len(results) == 2
+    assert refined is results[0]
+    assert_database_agrees(tmp_path, [refined])
+
+
 @pytest.mark.parametrize("finds", [False, True])
 def test_an_image_may_lose_many_of_its_observations(tmp_path: Path, finds: bool) -> None:
     """And gets them back, where the refiner finds them; they are new keypoints then."""
