@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mast3r_sfm.retrieval.asmk import BinaryFeatures, aggregate, describe, score
 from mast3r_sfm.retrieval.codebook import Codebook
+from mast3r_sfm.retrieval.features import strongest_tokens
 from mast3r_sfm.retrieval.graph import farthest_keyframes, retrieval_graph
-from mast3r_sfm.retrieval.stage import strongest_tokens
 from mast3r_sfm.retrieval.whitening import TokenMoments, Whitening
 from mast3r_sfm.types import Encoding, Float32, Float64, Int32, PixelTransform, Reason
 

@@ -15,7 +15,7 @@ import pytest
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.progress import SilentProgress
-from mast3r_sfm.retrieval import build_view_graph, stage
+from mast3r_sfm.retrieval import build_view_graph, features
 from mast3r_sfm.types import Encoding, PixelTransform, Reason
 
 CHANNELS = 24
@@ -168,7 +168,7 @@ def test_many_runs_of_images_give_nearly_the_same(monkeypatch: pytest.MonkeyPatc
     photos = _places(PHOTOS)
     config = PairsConfig(keyframes=4, neighbours=3, codebook_words=256)
     whole = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
-    monkeypatch.setattr(stage, "_VALUES_AT_ONCE", 1)
+    monkeypatch.setattr(features, "_VALUES_AT_ONCE", 1)
     single = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
     # Another sample trains the words; what is alike stays alike.
     same = PLACE[:, None] == PLACE
