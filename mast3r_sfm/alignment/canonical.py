@@ -73,7 +73,7 @@ class CanonicalView:
 
 
 def cell_centres(shape: tuple[int, ...], grid_px: int) -> tuple[Int64, Int64]:
-    """Rows and columns of the pixels in the middle of the grid cells of an image [H, W]; a cut-off cell has its last."""
+    """Rows and columns of the middles of the cells of an image [H, W]; a cell cut off before it has its last pixel."""
     rows, columns = (np.minimum(np.arange(0, side, grid_px) + grid_px // 2, side - 1) for side in shape[:2])
     return rows.astype(np.int64), columns.astype(np.int64)
 

@@ -34,6 +34,10 @@ class TreeKind(enum.StrEnum):
     SINGLE = "single"
 
 
+_Method = Literal["ward", "average", "single"]
+_METHODS: dict[TreeKind, _Method] = {TreeKind.WARD: "ward", TreeKind.AVERAGE: "average", TreeKind.SINGLE: "single"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class KinematicTree:
     """A tree over the images of one connected part."""
@@ -71,7 +75,9 @@ def kinematic_trees(
         local = np.sort(np.searchsorted(part, pairs[inside]), axis=1)
         matrix = np.zeros((len(part), len(part)))
         matrix[local[:, 0], local[:, 1]] = matrix[local[:, 1], local[:, 0]] = scores[inside]
-        tree = _maximum_tree(matrix) if kind is TreeKind.MAXIMUM else _clustered_tree(matrix, kind.value, saturation)
+        tree = (
+            _maximum_tree(matrix) if kind is TreeKind.MAXIMUM else _clustered_tree(matrix, _METHODS[kind], saturation)
+        )
         root, edges = _hang(tree, len(part))
         trees.append(KinematicTree(root=int(part[root]), edges=part[edges].astype(np.int32).reshape(-1, 2)))
     return trees
@@ -85,7 +91,7 @@ def _maximum_tree(scores: Float64) -> Int32:
     return np.stack([first, second], axis=1).astype(np.int32)
 
 
-def _clustered_tree(scores: Float64, method: Literal["ward", "average", "single"] | str, saturation: float) -> Int32:
+def _clustered_tree(scores: Float64, method: _Method, saturation: float) -> Int32:
     """[n − 1, 2] pairs that join the clusters, each by its representative."""
     if len(scores) == 1:
         return np.zeros((0, 2), np.int32)
@@ -96,7 +102,7 @@ def _clustered_tree(scores: Float64, method: Literal["ward", "average", "single"
     covered = list(similarity)  # how well each cluster covers every image
     representative = list(range(len(scores)))
     pairs = []
-    for left, right in linkage(squareform(distance, checks=False), method=method)[:, :2].astype(int):  # type: ignore[call-overload]
+    for left, right in linkage(squareform(distance, checks=False), method=method)[:, :2].astype(int):
         pairs.append(sorted((representative[left], representative[right])))
         better = left if covered[left].sum() > covered[right].sum() else right
         representative.append(representative[better])

@@ -1,0 +1,268 @@
+"""The two losses of the alignment of pointmaps, and their linearisation.
+
+Coarse: where do both images of an edge put the same point in the world, relative to its depth? Fine: how far from the
+matched pixel does the point of one image project into the other? Both are summed over the matches by their confidence,
+through a kernel of logarithmic growth (Cauchy): w · γ²/2 · log(1 + (r/γ)²). Measured relative to depth, the coarse loss
+does not change with the scale of the world, and cannot be made small by shrinking it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mast3r_sfm.alignment.normal import PER_IMAGE, DepthBlock, EdgeBlock, NormalEquations
+from mast3r_sfm.alignment.problem import Batch, PointmapProblem, Scene, camera_points, make_batches
+from mast3r_sfm.geometry.rigid import rotation_from_axis_angle
+from mast3r_sfm.types import Bool, Float64, Int64
+
+_MIN_DEPTH = 1e-3
+"""Of a projected point, over its distance: what is nearer to the image plane, or behind it, is treated as there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors:
+    """What is known beside the matches, as standard deviations; the weight of one is that of a residual of γ = 1."""
+
+    log_depth: float = 0.05
+    """Of the depths of anchors."""
+    log_focal: float = 0.1
+    """Of the focal lengths that canonical views imply."""
+
+
+class CoarseLoss:
+    """Distance of matched points in the world over their mean depth; moves poses and scales."""
+
+    def __init__(self, problem: PointmapProblem, kernel: float) -> None:
+        self.problem = problem
+        self.kernel = kernel
+        self._batches = make_batches(problem.start)
+
+    def residuals(self, scene: Scene) -> Float64:
+        """[M] distances over depth."""
+        size = np.zeros(len(self.problem.weight))
+        for batch in self._batches:
+            residual, _, _ = self._residual(scene, batch)
+            size[batch.rows] = np.linalg.norm(residual, axis=-1)
+        return size
+
+    def value(self, scene: Scene) -> float:
+        """Mean over the matches."""
+        return _cauchy(self.residuals(scene), self.problem.weight, self.kernel)
+
+    def linearise(self, scene: Scene, fixed: Bool) -> NormalEquations:
+        """Normal equations of one step; unknowns that are `fixed` [P] stay, and so do focal lengths."""
+        count = PER_IMAGE * self.problem.num_images + self.problem.num_cameras
+        free = ~fixed
+        free[PER_IMAGE * self.problem.num_images :] = False
+        return NormalEquations(
+            blocks=[self._linearise(scene, batch) for batch in self._batches],
+            depths=None,
+            prior=np.zeros(count),
+            prior_gradient=np.zeros(count),
+            free=free,
+        )
+
+    def _residual(self, scene: Scene, batch: Batch) -> tuple[Float64, Float64, tuple[Float64, Float64]]:
+        """Residuals [B, K, 3], what they are divided by [B, K], and both camera points [B, K, 3]."""
+        world, local = [], []
+        for side in (0, 1):
+            images = self.problem.pairs[batch.edges, side].astype(np.int64)
+            points = camera_points(self.problem, scene, batch.rows, images, side)
+            pose = scene.cam_from_world[images]
+            world.append((points - pose[:, None, :, 3]) @ pose[:, :, :3])
+            local.append(points)
+        depth = 0.5 * (local[0][..., 2] + local[1][..., 2])
+        return (world[0] - world[1]) / depth[..., None], depth, (local[0], local[1])
+
+    def _linearise(self, scene: Scene, batch: Batch) -> EdgeBlock:
+        residual, depth, local = self._residual(scene, batch)
+        jacobian = np.zeros((*depth.shape, 3, 2 * PER_IMAGE))
+        for side, sign in ((0, 1.0), (1, -1.0)):
+            turn = scene.cam_from_world[self.problem.pairs[batch.edges, side], :, :3]  # [B, 3, 3]
+            at = PER_IMAGE * side
+            # World = Rᵀ (x − t): a turn ω of the camera frame moves it by Rᵀ (x × ω), a shift v by −Rᵀ v.
+            across = np.broadcast_to(turn.transpose(0, 2, 1)[:, None], (*depth.shape, 3, 3))
+            jacobian[..., at : at + 3] = sign * _cross(across, local[side])
+            jacobian[..., at + 3 : at + 6] = -sign * across
+            jacobian[..., at + 6] = sign * (local[side] @ turn)
+        jacobian /= depth[..., None, None]
+        weight = self.problem.weight[batch.rows] * batch.used
+        weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
+        matrix, gradient = _sum_up(jacobian, residual, weight)
+        return EdgeBlock(columns=_columns(self.problem, batch, (0, 1)), matrix=matrix, gradient=gradient)
+
+
+class FineLoss:
+    """Reprojection error in pixels, both ways; moves poses, scales, focal lengths and depths."""
+
+    def __init__(self, problem: PointmapProblem, kernel: float, priors: Priors, move_depths: bool = True) -> None:
+        self.problem = problem
+        self.kernel = kernel
+        self.priors = priors
+        self.move_depths = move_depths
+        self._batches = make_batches(problem.start)
+
+    def residuals(self, scene: Scene) -> Float64:
+        """[M, 2] distances in pixels from the match, of the point of each side in the other image."""
+        size = np.zeros((len(self.problem.weight), 2))
+        for batch in self._batches:
+            for side in (0, 1):
+                size[batch.rows, side] = np.linalg.norm(self._project(scene, batch, side).residual, axis=-1)
+        return size
+
+    def value(self, scene: Scene) -> float:
+        """Mean over matches and both ways, and the priors."""
+        weight = np.repeat(self.problem.weight[:, None], 2, axis=1)
+        prior = (scene.log_depth / self.priors.log_depth) ** 2
+        focal = (self._focal_change(scene) / self.priors.log_focal) ** 2
+        total = 0.5 * (float(prior.sum()) + float(focal.sum())) / max(float(weight.sum()), 1e-300)
+        return _cauchy(self.residuals(scene), weight, self.kernel) + total
+
+    def linearise(self, scene: Scene, fixed: Bool) -> NormalEquations:
+        """Normal equations of one step; unknowns that are `fixed` [P] stay."""
+        images, cameras = self.problem.num_images, self.problem.num_cameras
+        depth_weight = 1.0 / self.priors.log_depth**2
+        diagonal = np.full(len(scene.log_depth), depth_weight)
+        slope = depth_weight * scene.log_depth
+        blocks = [self._linearise(scene, batch, side, diagonal, slope) for batch in self._batches for side in (0, 1)]
+        prior, prior_gradient = np.zeros(PER_IMAGE * images + cameras), np.zeros(PER_IMAGE * images + cameras)
+        camera, focal_weight = self.problem.camera_of_image, 1.0 / self.priors.log_focal**2
+        prior[PER_IMAGE * images :] = focal_weight * np.bincount(camera, minlength=cameras)
+        change = np.bincount(camera, self._focal_change(scene), cameras)
+        prior_gradient[PER_IMAGE * images :] = focal_weight * change
+        free = ~fixed
+        free[PER_IMAGE * images :] &= ~self.problem.focal_is_known
+        return NormalEquations(
+            blocks=blocks,
+            depths=DepthBlock(diagonal=diagonal, gradient=slope) if self.move_depths else None,
+            prior=prior,
+            prior_gradient=prior_gradient,
+            free=free,
+        )
+
+    def _focal_change(self, scene: Scene) -> Float64:
+        return np.log(scene.focal_px[self.problem.camera_of_image] / self.problem.base_focal_px)
+
+    def _project(self, scene: Scene, batch: Batch, side: int) -> _Projection:
+        source = self.problem.pairs[batch.edges, side].astype(np.int64)
+        target = self.problem.pairs[batch.edges, 1 - side].astype(np.int64)
+        points = camera_points(self.problem, scene, batch.rows, source, side)
+        turn = scene.cam_from_world[target, :, :3] @ scene.cam_from_world[source, :, :3].transpose(0, 2, 1)
+        shift = scene.cam_from_world[target, :, 3:] - turn @ scene.cam_from_world[source, :, 3:]
+        seen = points @ turn.transpose(0, 2, 1) + shift.transpose(0, 2, 1)
+        depth = np.maximum(seen[..., 2], _MIN_DEPTH * np.linalg.norm(seen, axis=-1))
+        focal = scene.focal_px[self.problem.camera_of_image[target]][:, None]
+        pixel = focal[..., None] * seen[..., :2] / depth[..., None]
+        residual = pixel - self.problem.pixels[batch.rows, 1 - side]
+        return _Projection(
+            points=points, turn=turn, seen=seen, depth=depth, focal=focal, pixel=pixel, residual=residual
+        )
+
+    def _linearise(self, scene: Scene, batch: Batch, side: int, diagonal: Float64, slope: Float64) -> EdgeBlock:
+        """Adds to the depths' own equations in place."""
+        shown = self._project(scene, batch, side)
+        jacobian = self._jacobian(scene, batch, side, shown)
+        weight = self.problem.weight[batch.rows] * batch.used
+        weight = weight / (1 + (shown.residual**2).sum(axis=-1) / self.kernel**2)
+        matrix, gradient = _sum_up(jacobian, shown.residual, weight)
+        columns = _columns(self.problem, batch, (side, 1 - side), focal=True)
+        if not self.move_depths:
+            return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient)
+        anchors = self.problem.anchor[batch.rows, side]
+        by_depth = weight[..., None] * jacobian[..., 6]  # an anchor's depth moves its points as the scale does
+        diagonal += np.bincount(anchors.ravel(), (by_depth * jacobian[..., 6]).sum(axis=-1).ravel(), len(diagonal))
+        slope += np.bincount(anchors.ravel(), (by_depth * shown.residual).sum(axis=-1).ravel(), len(slope))
+        coupling = (by_depth[..., None, :] @ jacobian)[..., 0, :]
+        return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient, anchors=anchors, coupling=coupling)
+
+    def _jacobian(self, scene: Scene, batch: Batch, side: int, shown: _Projection) -> Float64:
+        """[B, K, 2, 16]: both images' turn, shift and scale, then both focal lengths."""
+        source = self.problem.pairs[batch.edges, side].astype(np.int64)
+        across = np.zeros((*shown.depth.shape, 2, 3))
+        across[..., 0, 0] = across[..., 1, 1] = shown.focal / shown.depth
+        across[..., 2] = -shown.pixel / shown.depth[..., None]
+        back = across @ shown.turn[:, None]
+        jacobian = np.zeros((*shown.depth.shape, 2, 2 * PER_IMAGE + 2))
+        jacobian[..., 0:3] = _cross(back, shown.points)
+        jacobian[..., 3:6] = -back
+        jacobian[..., 6] = (back @ shown.points[..., None])[..., 0]
+        jacobian[..., 7:10] = -_cross(across, shown.seen)
+        jacobian[..., 10:13] = across
+        focal = scene.focal_px[self.problem.camera_of_image[source]]
+        ratio = (self.problem.base_focal_px[source] / focal)[:, None]
+        steep = (self.problem.offset[batch.rows, side] - 1.0) * ratio
+        # Of the source's focal length: rays get steeper, and depth follows the angle of the surface.
+        by_focal = -shown.points * (steep / (1.0 + steep))[..., None]
+        by_focal[..., :2] -= shown.points[..., :2]
+        jacobian[..., 14] = (back @ by_focal[..., None])[..., 0]
+        jacobian[..., 15] = shown.pixel
+        return jacobian
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Projection:
+    points: Float64
+    """[B, K, 3] in the source's frame."""
+    turn: Float64
+    """[B, 3, 3] target from source."""
+    seen: Float64
+    """[B, K, 3] in the target's frame."""
+    depth: Float64
+    """[B, K] positive."""
+    focal: Float64
+    """[B, 1] of the target."""
+    pixel: Float64
+    """[B, K, 2]."""
+    residual: Float64
+    """[B, K, 2]."""
+
+
+def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64 | None) -> Scene:
+    """The scene after a step of the unknowns [P] and of the depths [A]."""
+    images = problem.num_images
+    change = step[: PER_IMAGE * images].reshape(images, PER_IMAGE)
+    turn = rotation_from_axis_angle(change[:, :3])
+    pose = turn @ scene.cam_from_world
+    pose[:, :, 3] += change[:, 3:6]
+    return Scene(
+        cam_from_world=pose,
+        log_scale=scene.log_scale + change[:, 6],
+        log_depth=scene.log_depth if depths is None else scene.log_depth + depths,
+        focal_px=scene.focal_px * np.exp(step[PER_IMAGE * images :]),
+    )
+
+
+def _cauchy(size: Float64, weight: Float64, kernel: float) -> float:
+    value = 0.5 * kernel**2 * np.log1p((size / kernel) ** 2)
+    return float((weight * value).sum() / max(float(weight.sum()), 1e-300))
+
+
+def _columns(problem: PointmapProblem, batch: Batch, sides: Sequence[int], focal: bool = False) -> Int64:
+    """Unknowns of both images of the batch's edges [B, 14], and of their cameras [B, 16]."""
+    images = problem.pairs[batch.edges][:, list(sides)].astype(np.int64)
+    columns = (PER_IMAGE * images[:, :, None] + np.arange(PER_IMAGE)).reshape(len(images), -1)
+    if not focal:
+        return columns
+    cameras = PER_IMAGE * problem.num_images + problem.camera_of_image[images].astype(np.int64)
+    return np.concatenate([columns, cameras], axis=1)
+
+
+def _sum_up(jacobian: Float64, residual: Float64, weight: Float64) -> tuple[Float64, Float64]:
+    """Σ w JᵀJ [B, k, k] and Σ w Jᵀr [B, k] over the matches of each edge."""
+    edges, matches, rows, unknowns = jacobian.shape
+    flat = jacobian.reshape(edges, matches * rows, unknowns)
+    weighted = (weight[..., None, None] * jacobian).reshape(edges, matches * rows, unknowns).transpose(0, 2, 1)
+    return weighted @ flat, (weighted @ residual.reshape(edges, matches * rows, 1))[..., 0]
+
+
+def _cross(left: Float64, right: Float64) -> Float64:
+    """Rows of left [..., r, 3] × right [..., 3]."""
+    result = np.empty_like(left)
+    x, y, z = (right[..., None, axis] for axis in range(3))
+    result[..., 0] = left[..., 1] * z - left[..., 2] * y
+    result[..., 1] = left[..., 2] * x - left[..., 0] * z
+    result[..., 2] = left[..., 0] * y - left[..., 1] * x
+    return result

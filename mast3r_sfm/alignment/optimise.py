@@ -1,0 +1,91 @@
+"""Levenberg–Marquardt over a loss of the alignment, re-weighting the matches in every step (Huber & Ronchetti, 2009)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, move
+from mast3r_sfm.alignment.normal import PER_IMAGE
+from mast3r_sfm.alignment.problem import PointmapProblem, Scene
+from mast3r_sfm.errors import DivergedError
+from mast3r_sfm.types import Bool, Float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping:
+    """When to stop."""
+
+    max_steps: int = 50
+    least_decrease: float = 1e-5
+    """Of the loss, relative, below which it has converged."""
+    first_damping: float = 1e-4
+    max_damping: float = 1e8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How an optimisation went."""
+
+    history: tuple[float, ...]
+    """Loss at the start and after each step."""
+    converged: bool
+    """Whether the loss stopped falling, rather than the steps being used up."""
+
+
+def gauge(problem: PointmapProblem) -> Bool:
+    """Unknowns [P] held so that the world cannot drift: pose and scale of the image with the most matches."""
+    counts = np.repeat(np.diff(problem.start), 2).astype(np.float64)
+    root = int(np.bincount(problem.pairs.ravel(), counts, problem.num_images).argmax())
+    fixed = np.zeros(PER_IMAGE * problem.num_images + problem.num_cameras, bool)
+    fixed[PER_IMAGE * root : PER_IMAGE * (root + 1)] = True
+    return fixed
+
+
+def minimise(loss: CoarseLoss | FineLoss, scene: Scene, stopping: Stopping) -> tuple[Scene, Course]:
+    """Bring the loss down from a start until it falls no further.
+
+    Raises:
+        DivergedError: the loss or a step is not finite; it names the step and the worst edges.
+    """
+    fixed = gauge(loss.problem)
+    history = [loss.value(scene)]
+    _check(loss, scene, history)
+    damping = stopping.first_damping
+    while len(history) <= stopping.max_steps:
+        equations = loss.linearise(scene, fixed)
+        while True:
+            step, depths = equations.solve(damping)
+            trial = move(loss.problem, scene, step, depths)
+            value = loss.value(trial)
+            if not (np.isfinite(step).all() and np.isfinite(value)):
+                _check(loss, trial, [*history, value])
+            if value < history[-1]:
+                break
+            damping = max(10 * damping, 1e-6)
+            if damping > stopping.max_damping:
+                return scene, Course(history=tuple(history), converged=True)
+        scene, damping = trial, max(damping / 10, 1e-9)
+        history.append(value)
+        if history[-2] - value < stopping.least_decrease * history[-2]:
+            return scene, Course(history=tuple(history), converged=True)
+    return scene, Course(history=tuple(history), converged=False)
+
+
+def _check(loss: CoarseLoss | FineLoss, scene: Scene, history: list[float]) -> None:
+    if np.isfinite(history[-1]):
+        return
+    worst = worst_edges(loss.problem, loss.residuals(scene))
+    named = ", ".join(f"{first}–{second}" for first, second in loss.problem.pairs[worst].tolist())
+    raise DivergedError(
+        f"the alignment of the pointmaps ended in {history[-1]} at step {len(history) - 1}; the worst edges are {named}: "
+        "look at these images, or leave them out"
+    )
+
+
+def worst_edges(problem: PointmapProblem, residuals: Float64, number: int = 5) -> list[int]:
+    """The edges with the largest mean residual, those that are not finite first."""
+    size = residuals.reshape(len(residuals), -1).mean(axis=1)
+    mean = np.bincount(problem.edge_of_match, size, len(problem.pairs)) / np.diff(problem.start)
+    return np.argsort(-np.nan_to_num(mean, nan=np.inf), kind="stable")[:number].tolist()
