@@ -59,7 +59,7 @@ class CoarseLoss:
         free[PER_IMAGE * self.problem.num_images :] = False
         return NormalEquations(
             blocks=[self._linearise(scene, batch) for batch in self._batches],
-            depths=None,
+            depths=DepthBlock(diagonal=np.zeros(0), gradient=np.zeros(0)),
             prior=np.zeros(count),
             prior_gradient=np.zeros(count),
             free=free,
@@ -92,7 +92,7 @@ class CoarseLoss:
         weight = self.problem.weight[batch.rows] * batch.used
         weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
         matrix, gradient = _sum_up(jacobian, residual, weight)
-        return EdgeBlock(columns=_columns(self.problem, batch, (0, 1)), matrix=matrix, gradient=gradient)
+        return _without_depths(_columns(self.problem, batch, (0, 1)), matrix, gradient)
 
 
 class FineLoss:
@@ -125,8 +125,8 @@ class FineLoss:
         """Normal equations of one step; unknowns that are `fixed` [P] stay."""
         images, cameras = self.problem.num_images, self.problem.num_cameras
         depth_weight = 1.0 / self.priors.log_depth**2
-        diagonal = np.full(len(scene.log_depth), depth_weight)
-        slope = depth_weight * scene.log_depth
+        moving = scene.log_depth if self.move_depths else np.zeros(0)
+        diagonal, slope = np.full(len(moving), depth_weight), depth_weight * moving
         blocks = [self._linearise(scene, batch, side, diagonal, slope) for batch in self._batches for side in (0, 1)]
         prior, prior_gradient = np.zeros(PER_IMAGE * images + cameras), np.zeros(PER_IMAGE * images + cameras)
         camera, focal_weight = self.problem.camera_of_image, 1.0 / self.priors.log_focal**2
@@ -137,7 +137,7 @@ class FineLoss:
         free[PER_IMAGE * images :] &= ~self.problem.focal_is_known
         return NormalEquations(
             blocks=blocks,
-            depths=DepthBlock(diagonal=diagonal, gradient=slope) if self.move_depths else None,
+            depths=DepthBlock(diagonal=diagonal, gradient=slope),
             prior=prior,
             prior_gradient=prior_gradient,
             free=free,
@@ -170,7 +170,7 @@ class FineLoss:
         matrix, gradient = _sum_up(jacobian, shown.residual, weight)
         columns = _columns(self.problem, batch, (side, 1 - side), focal=True)
         if not self.move_depths:
-            return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient)
+            return _without_depths(columns, matrix, gradient)
         anchors = self.problem.anchor[batch.rows, side]
         by_depth = weight[..., None] * jacobian[..., 6]  # an anchor's depth moves its points as the scale does
         diagonal += np.bincount(anchors.ravel(), (by_depth * jacobian[..., 6]).sum(axis=-1).ravel(), len(diagonal))
@@ -220,8 +220,16 @@ class _Projection:
     """[B, K, 2]."""
 
 
-def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64 | None) -> Scene:
-    """The scene after a step of the unknowns [P] and of the depths [A]."""
+def _without_depths(columns: Int64, matrix: Float64, gradient: Float64) -> EdgeBlock:
+    edges, unknowns = columns.shape
+    none = np.zeros((edges, 0), np.int64)
+    return EdgeBlock(
+        columns=columns, matrix=matrix, gradient=gradient, anchors=none, coupling=np.zeros((edges, 0, unknowns))
+    )
+
+
+def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64) -> Scene:
+    """The scene after a step of the unknowns [P] and of the depths [A], or [0] where these stay."""
     images = problem.num_images
     change = step[: PER_IMAGE * images].reshape(images, PER_IMAGE)
     turn = rotation_from_axis_angle(change[:, :3])
@@ -230,7 +238,7 @@ def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64 
     return Scene(
         cam_from_world=pose,
         log_scale=scene.log_scale + change[:, 6],
-        log_depth=scene.log_depth if depths is None else scene.log_depth + depths,
+        log_depth=scene.log_depth + depths if len(depths) else scene.log_depth,
         focal_px=scene.focal_px * np.exp(step[PER_IMAGE * images :]),
     )
 

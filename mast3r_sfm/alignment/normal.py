@@ -34,9 +34,9 @@ class EdgeBlock:
     """[B, k, k]."""
     gradient: Float64
     """[B, k]."""
-    anchors: Int64 | None = None
-    """[B, K] the anchor whose depth a match depends on, where depths are solved for."""
-    coupling: Float64 | None = None
+    anchors: Int64
+    """[B, K] the anchor whose depth a match depends on; [B, 0] where depths are not solved for."""
+    coupling: Float64
     """[B, K, k] between that depth and the unknowns; zero where a match is a repeated one."""
 
 
@@ -45,9 +45,8 @@ class DepthBlock:
     """The equations of the depths by themselves."""
 
     diagonal: Float64
-    """[A] positive."""
+    """[A] positive; [0] where depths are not solved for."""
     gradient: Float64
-    """[A]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class NormalEquations:
     """H x = −g over P unknowns, of which only the free ones move, and A depths."""
 
     blocks: Sequence[EdgeBlock]
-    depths: DepthBlock | None
+    depths: DepthBlock
     prior: Float64
     """[P] added to the diagonal."""
     prior_gradient: Float64
@@ -63,16 +62,14 @@ class NormalEquations:
     free: Bool
     """[P]."""
 
-    def solve(self, damping: float) -> tuple[Float64, Float64 | None]:
+    def solve(self, damping: float) -> tuple[Float64, Float64]:
         """The step for the unknowns [P] and the depths [A], with the diagonal increased by `damping` times itself."""
-        gradient = self._gather([block.gradient for block in self.blocks]) + self.prior_gradient
-        matrix = self._matrix()
-        matrix += scipy.sparse.dia_array((damping * matrix.diagonal()[None], [0]), shape=matrix.shape)
-        if self.depths is None:
-            return self._conjugate_gradients(matrix, matrix, -gradient, None), None
+        matrix = self._matrix(damping)
         diagonal = self.depths.diagonal * (1 + damping)
-        right = -gradient + self._to_unknowns(self.depths.gradient / diagonal)
-        step = self._conjugate_gradients(matrix, self._reduced_blocks(matrix, diagonal), right, diagonal)
+        gradient = self._gather([block.gradient for block in self.blocks]) + self.prior_gradient
+        step = self._conjugate_gradients(
+            matrix, diagonal, self._to_unknowns(self.depths.gradient / diagonal) - gradient
+        )
         return step, -(self.depths.gradient + self._to_depths(step)) / diagonal
 
     def _gather(self, values: Sequence[Float64]) -> Float64:
@@ -82,7 +79,7 @@ class NormalEquations:
             total += np.bincount(block.columns.ravel(), value.ravel(), len(total))
         return total
 
-    def _matrix(self) -> scipy.sparse.csr_array:
+    def _matrix(self, damping: float) -> scipy.sparse.csr_array:
         """[P, P] the part without the depths."""
         size = len(self.prior)
         rows, columns, values = [np.arange(size)], [np.arange(size)], [self.prior]
@@ -92,60 +89,46 @@ class NormalEquations:
             columns.append(np.tile(block.columns, (1, k)).ravel())
             values.append(block.matrix.ravel())
         table = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-        return scipy.sparse.coo_array(table, shape=(size, size)).tocsr()
+        matrix = scipy.sparse.coo_array(table, shape=(size, size)).tocsr()
+        matrix.setdiag((1 + damping) * matrix.diagonal())
+        return matrix
 
     def _to_depths(self, unknowns: Float64) -> Float64:
         """Coupling times unknowns [P]: [A]."""
-        assert self.depths is not None
         total = np.zeros(len(self.depths.diagonal))
         for block in self.blocks:
-            assert block.coupling is not None and block.anchors is not None
             value = (block.coupling @ unknowns[block.columns][..., None])[..., 0]
             total += np.bincount(block.anchors.ravel(), value.ravel(), len(total))
         return total
 
     def _to_unknowns(self, depths: Float64) -> Float64:
         """Transposed coupling times depths [A]: [P]."""
-        values = []
-        for block in self.blocks:
-            assert block.coupling is not None and block.anchors is not None
-            values.append((depths[block.anchors][:, None, :] @ block.coupling)[:, 0])
-        return self._gather(values)
+        return self._gather([(depths[block.anchors][:, None] @ block.coupling)[:, 0] for block in self.blocks])
 
-    def _reduced_blocks(self, matrix: scipy.sparse.csr_array, diagonal: Float64) -> scipy.sparse.csr_array:
-        """The matrix less what each match alone takes from its own edge's block: a guess of the reduced matrix."""
-        size = len(self.prior)
-        taken = np.zeros(size)
-        for block in self.blocks:
-            assert block.coupling is not None and block.anchors is not None
-            value = (block.coupling**2 / diagonal[block.anchors][..., None]).sum(axis=1)
-            taken += np.bincount(block.columns.ravel(), value.ravel(), size)
+    def _likeness(self, matrix: scipy.sparse.csr_array, diagonal: Float64) -> scipy.sparse.csr_array:
+        """The matrix with less on its diagonal, as elimination will take about as much as each match would alone."""
+        taken = [(block.coupling**2 / diagonal[block.anchors][..., None]).sum(axis=1) for block in self.blocks]
         whole = matrix.diagonal()
-        kept = np.maximum(whole - taken, 0.05 * whole)
-        return matrix + scipy.sparse.dia_array(((kept - whole)[None], [0]), shape=matrix.shape)
+        likeness = matrix.copy()
+        likeness.setdiag(np.maximum(whole - self._gather(taken), 0.05 * whole))
+        return likeness
 
-    def _conjugate_gradients(
-        self, matrix: scipy.sparse.csr_array, alike: scipy.sparse.csr_array, right: Float64, diagonal: Float64 | None
-    ) -> Float64:
+    def _conjugate_gradients(self, matrix: scipy.sparse.csr_array, diagonal: Float64, right: Float64) -> Float64:
         free = np.flatnonzero(self.free)
         full = np.zeros(len(self.prior))
 
         def product(vector: Float64) -> Float64:
-            full[:] = 0.0
             full[free] = vector
-            result = matrix @ full
-            if diagonal is not None:
-                result -= self._to_unknowns(self._to_depths(full) / diagonal)
-            return np.asarray(result[free])
+            return np.asarray((matrix @ full - self._to_unknowns(self._to_depths(full) / diagonal))[free])
 
-        size = len(free)
-        precondition = _block_inverse(alike, free)
+        precondition = _block_inverse(self._likeness(matrix, diagonal), free)
+        size = (len(free), len(free))
         solution, _ = cg(
-            LinearOperator((size, size), matvec=product, dtype=np.float64),
+            LinearOperator(size, matvec=product, dtype=np.float64),
             right[free],
             rtol=CG_TOLERANCE,
             maxiter=CG_STEPS,
-            M=LinearOperator((size, size), matvec=lambda vector: precondition @ vector, dtype=np.float64),
+            M=LinearOperator(size, matvec=precondition.dot, dtype=np.float64),
         )
         step = np.zeros(len(self.prior))
         step[free] = solution

@@ -1,4 +1,7 @@
-"""Levenberg–Marquardt over a loss of the alignment, re-weighting the matches in every step (Huber & Ronchetti, 2009)."""
+"""Levenberg–Marquardt over a loss of the alignment of pointmaps (Nocedal & Wright, Numerical Optimization, 2006, 10.3).
+
+The matches are weighted anew in every step, as the loss's kernel has them (iteratively re-weighted least squares).
+"""
 
 from __future__ import annotations
 
@@ -79,8 +82,8 @@ def _check(loss: CoarseLoss | FineLoss, scene: Scene, history: list[float]) -> N
     worst = worst_edges(loss.problem, loss.residuals(scene))
     named = ", ".join(f"{first}–{second}" for first, second in loss.problem.pairs[worst].tolist())
     raise DivergedError(
-        f"the alignment of the pointmaps ended in {history[-1]} at step {len(history) - 1}; the worst edges are {named}: "
-        "look at these images, or leave them out"
+        f"the alignment of the pointmaps ended in {history[-1]} at step {len(history) - 1}; "
+        f"the worst edges are {named}: look at these images, or leave them out"
     )
 
 
@@ -88,4 +91,4 @@ def worst_edges(problem: PointmapProblem, residuals: Float64, number: int = 5) -
     """The edges with the largest mean residual, those that are not finite first."""
     size = residuals.reshape(len(residuals), -1).mean(axis=1)
     mean = np.bincount(problem.edge_of_match, size, len(problem.pairs)) / np.diff(problem.start)
-    return np.argsort(-np.nan_to_num(mean, nan=np.inf), kind="stable")[:number].tolist()
+    return [int(edge) for edge in np.argsort(-np.nan_to_num(mean, nan=np.inf), kind="stable")[:number]]
