@@ -3,14 +3,14 @@
     python benchmarks/alignment.py [--plain-steps 300] [--large] [--threads 2]
 
 The scene is a hilly ground seen from above by a grid of tilted cameras. Its canonical pointmaps err as a network's do:
-1 % of smooth noise in depth, a scale of their own (20 %), focal lengths 3 % off; matches have half a pixel of noise, are
-rounded to whole pixels, and 3 % of them are wrong, with little confidence. 260 matches an edge, 512×384 px, 3,072
+1 % of smooth noise in depth, a scale of their own (20 %), focal lengths 3 % off; matches have half a pixel of noise,
+are rounded to whole pixels, and 3 % of them are wrong, with little confidence. 260 matches an edge, 512×384 px, 3,072
 anchors an image.
 
-- 40 cameras and 300 edges, from the same start: the plain way takes 300 coarse and 300 fine steps of Adam (learning rates
-  0.07 and 0.014, cosine), each in a Python loop over the edges, on the same losses. Ours is timed until it converges; its
-  last loss must not be above that of the plain way. The ratios are times per step and of the whole.
-- With 20 % of the edges replaced by nonsense: the error of ours, and its ratio to that without nonsense.
+- 40 cameras and 300 edges, from the same start: the plain way takes 300 coarse and 300 fine steps of Adam (learning
+  rates 0.07 and 0.014, cosine), each in Python loops over images and edges, on the same losses. Ours is timed until it
+  converges; its last loss must not be above that of the plain way. The ratios are times per step and of the whole.
+- With 20 % of the edges replaced by nonsense: the errors of ours, to be compared with those without nonsense.
 - With --large, 1,000 cameras and 14,000 edges: minutes and peak memory, in place of the comparison.
 """
 
@@ -84,7 +84,7 @@ def make_world(cameras: int, rng: np.random.Generator) -> World:
     columns = int(np.ceil(np.sqrt(1.6 * cameras)))
     number = np.arange(cameras)
     centres = np.stack([number % columns, number // columns, np.zeros(cameras)], axis=1) * SPACING
-    centres += rng.normal(0, 0.3, (cameras, 3)) + [0, 0, ALTITUDE]
+    centres += rng.normal([0, 0, ALTITUDE], 0.3, (cameras, 3))
     tilt = rotation_from_axis_angle(np.concatenate([rng.normal(0, 0.25, (cameras, 2)), np.zeros((cameras, 1))], axis=1))
     rotation = tilt @ rotation_from_axis_angle(np.stack([0 * number, 0 * number, rng.uniform(-3, 3, cameras)], axis=1))
     rotation = rotation @ np.diag([1.0, -1.0, -1.0])
@@ -127,7 +127,9 @@ def make_problem(world: World, pairs: Int64, rng: np.random.Generator, nonsense:
         sides = ((int(first), one), (int(second), other))
         cells = [(xy[:, 1] // GRID_PX) * len(columns) + xy[:, 0] // GRID_PX for _, xy in sides]
         pixels.append(np.stack([xy - centre for _, xy in sides], axis=1))
-        anchors.append(np.stack([cell + image * len(grid) for (image, _), cell in zip(sides, cells, strict=True)], axis=1))
+        anchors.append(
+            np.stack([cell + image * len(grid) for (image, _), cell in zip(sides, cells, strict=True)], axis=1)
+        )
         values = [said(image, xy - centre) / depth[image, cell] for (image, xy), cell in zip(sides, cells, strict=True)]
         offsets.append(np.stack(values, axis=1))
         weights.append(np.where(bad & ~is_wrong, 0.3, rng.uniform(2, 20, len(one))))
@@ -171,72 +173,92 @@ def errors(world: World, scene: Scene) -> dict[str, float]:
 
 
 class Plain:
-    """The losses as a loop over edges in torch, with Adam; nothing is batched."""
+    """The losses in torch: a loop over the images for their points, and a loop over the edges; nothing is batched."""
 
     def __init__(self, problem: PointmapProblem, scene: Scene) -> None:
-        self.problem = problem
         tensor = torch.from_numpy
+        count, cells = len(scene.log_scale), len(scene.log_depth) // len(scene.log_scale)
+        self.pairs, self.total = problem.pairs.tolist(), float(problem.weight.sum())
         self.pose = tensor(scene.cam_from_world.copy())
-        self.turn = torch.zeros(len(self.pose), 3, dtype=torch.float64, requires_grad=True)
-        self.shift = self.pose[:, :, 3].clone().requires_grad_()
-        self.log_scale = tensor(scene.log_scale.copy()).requires_grad_()
-        self.log_depth = tensor(scene.log_depth.copy()).requires_grad_()
-        self.log_focal = tensor(np.log(scene.focal_px)).requires_grad_()
-        self.base = tensor(problem.base_focal_px)
-        self.edges = [
-            tuple(
-                tensor(np.ascontiguousarray(values[begin:end]))
-                for values in (problem.pixels, problem.anchor, problem.offset, problem.weight)
-            )
-            for begin, end in zip(problem.start[:-1], problem.start[1:], strict=True)
-        ]
-        self.depth = tensor(problem.anchor_depth)
+        self.turn = [torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+        self.shift = [pose[:, 3].clone().requires_grad_() for pose in self.pose]
+        self.log_scale = [tensor(np.array(value)).requires_grad_() for value in scene.log_scale]
+        self.log_focal = [tensor(np.log(value)).requires_grad_() for value in scene.focal_px[:, None]]
+        self.log_depth = [tensor(value.copy()).requires_grad_() for value in scene.log_depth.reshape(count, cells)]
+        self.base, self.depth = tensor(problem.base_focal_px), tensor(problem.anchor_depth.reshape(count, cells))
+        edge = problem.edge_of_match
+        self.shown, self.slices = [], np.zeros((len(self.pairs), 2, 2), int)
+        for image in range(count):
+            sides = [np.flatnonzero(problem.pairs[edge, side] == image) for side in (0, 1)]
+            values = [
+                np.concatenate([one[rows, side] for side, rows in enumerate(sides)])
+                for one in (problem.pixels, problem.anchor % cells, problem.offset)
+            ]
+            self.shown.append([tensor(value) for value in values])
+            begin = 0
+            for side, rows in enumerate(sides):
+                for number, size in zip(*np.unique(edge[rows], return_counts=True), strict=True):
+                    self.slices[number, side] = begin, begin + size
+                    begin += size
+        self.weight = [tensor(one) for one in np.split(problem.weight, problem.start[1:-1])]
+
+    def parameters(self, *, fine: bool) -> list[Tensor]:
+        """What a stage moves."""
+        return [*self.turn, *self.shift, *self.log_scale, *(self.log_depth + self.log_focal if fine else [])]
+
+    def rotations(self) -> list[Tensor]:
+        """[3, 3] of every image."""
+        return list((torch.linalg.matrix_exp(_skew(torch.stack(self.turn))) @ self.pose[:, :, :3]).unbind())
 
     def scene(self) -> Scene:
         """As the library has it."""
         with torch.no_grad():
-            turn = torch.linalg.matrix_exp(_skew(self.turn)) @ self.pose[:, :, :3]
             return Scene(
-                cam_from_world=make_pose(turn.numpy(), self.shift.numpy()),
-                log_scale=self.log_scale.numpy().copy(),
-                log_depth=self.log_depth.numpy().copy(),
-                focal_px=self.log_focal.exp().numpy(),
+                cam_from_world=make_pose(torch.stack(self.rotations()).numpy(), torch.stack(self.shift).numpy()),
+                log_scale=torch.stack(self.log_scale).numpy(),
+                log_depth=torch.cat(self.log_depth).numpy(),
+                focal_px=torch.cat(self.log_focal).exp().numpy(),
             )
 
-    def points(self, image: int, edge: tuple[Tensor, ...], side: int) -> Tensor:
-        """[M, 3] in the camera frame."""
-        pixels, anchor, offset = edge[0][:, side], edge[1][:, side], edge[2][:, side]
-        focal = self.log_focal[image].exp()
-        depth = torch.exp(self.log_scale[image] + self.log_depth[anchor]) * self.depth[anchor]
-        depth = depth * (1 + (offset - 1) * self.base[image] / focal)
-        return torch.cat([depth[:, None] * pixels / focal, depth[:, None]], dim=1)
+    def points(self, rotations: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Depths [M] and points [M, 3] in the world of all matches of each image."""
+        depths, points = [], []
+        for image, (pixels, anchor, offset) in enumerate(self.shown):
+            focal = self.log_focal[image].exp()
+            depth = torch.exp(self.log_scale[image] + self.log_depth[image][anchor]) * self.depth[image][anchor]
+            depth = depth * (1 + (offset - 1) * self.base[image] / focal)
+            local = torch.cat([depth[:, None] * pixels / focal, depth[:, None]], dim=1)
+            depths.append(depth)
+            points.append((local - self.shift[image]) @ rotations[image])
+        return depths, points
 
     def coarse(self) -> Tensor:
         """As CoarseLoss."""
-        turn = torch.linalg.matrix_exp(_skew(self.turn)) @ self.pose[:, :, :3]
+        depths, points = self.points(self.rotations())
         total: Tensor | float = 0.0
-        for (first, second), edge in zip(self.problem.pairs.tolist(), self.edges, strict=True):
-            local = [self.points(image, edge, side) for side, image in enumerate((first, second))]
-            world = [(one - self.shift[i]) @ turn[i] for one, i in zip(local, (first, second), strict=True)]
-            depth = 0.5 * (local[0][:, 2] + local[1][:, 2])
-            squared = ((world[0] - world[1]) ** 2).sum(dim=1) / depth**2
-            total = total + (edge[3] * 0.5 * 0.05**2 * torch.log1p(squared / 0.05**2)).sum()
-        return total / float(self.problem.weight.sum())
+        for pair, bounds, weight in zip(self.pairs, self.slices, self.weight, strict=True):
+            (a, b), (c, d) = bounds
+            depth = 0.5 * (depths[pair[0]][a:b] + depths[pair[1]][c:d])
+            squared = ((points[pair[0]][a:b] - points[pair[1]][c:d]) ** 2).sum(dim=1) / depth**2
+            total = total + (weight * 0.5 * 0.05**2 * torch.log1p(squared / 0.05**2)).sum()
+        return total / self.total
 
     def fine(self) -> Tensor:
         """As FineLoss."""
-        turn = torch.linalg.matrix_exp(_skew(self.turn)) @ self.pose[:, :, :3]
-        prior = (self.log_depth / 0.05) ** 2
-        total = 0.5 * prior.sum() + 0.5 * (((self.log_focal - self.base.log()) / 0.1) ** 2).sum()
-        for pair, edge in zip(self.problem.pairs.tolist(), self.edges, strict=True):
+        rotations = self.rotations()
+        _, points = self.points(rotations)
+        total = sum(0.5 * ((one / 0.05) ** 2).sum() for one in self.log_depth)
+        total = total + sum(
+            0.5 * ((one - base.log()) / 0.1) ** 2 for one, base in zip(self.log_focal, self.base, strict=True)
+        )
+        for pair, bounds, weight in zip(self.pairs, self.slices, self.weight, strict=True):
             for side in (0, 1):
-                source, target = pair[side], pair[1 - side]
-                world = (self.points(source, edge, side) - self.shift[source]) @ turn[source]
-                seen = world @ turn[target].T + self.shift[target]
+                source, target, (a, b), (c, d) = pair[side], pair[1 - side], bounds[side], bounds[1 - side]
+                seen = points[source][a:b] @ rotations[target].T + self.shift[target]
                 pixel = self.log_focal[target].exp() * seen[:, :2] / seen[:, 2:].clamp(min=1e-3)
-                squared = ((pixel - edge[0][:, 1 - side]) ** 2).sum(dim=1)
-                total = total + (edge[3] * 0.5 * torch.log1p(squared)).sum()
-        return total / (2 * float(self.problem.weight.sum()))
+                squared = ((pixel - self.shown[target][0][c:d]) ** 2).sum(dim=1)
+                total = total + (weight * 0.5 * torch.log1p(squared)).sum()
+        return total / (2 * self.total)
 
     def descend(self, loss: Callable[[], Tensor], moved: list[Tensor], rate: float, steps: int) -> float:
         """Seconds for the steps."""
@@ -260,9 +282,8 @@ def _skew(vector: Tensor) -> Tensor:
 def plain_way(problem: PointmapProblem, start: Scene, steps: int) -> tuple[dict[str, float], Scene]:
     """Figures of the plain way, and its result."""
     plain = Plain(problem, start)
-    coarse = plain.descend(plain.coarse, [plain.turn, plain.shift, plain.log_scale], RATES[0], steps)
-    everything = [plain.turn, plain.shift, plain.log_scale, plain.log_depth, plain.log_focal]
-    fine = plain.descend(plain.fine, everything, RATES[1], steps)
+    coarse = plain.descend(plain.coarse, plain.parameters(fine=False), RATES[0], steps)
+    fine = plain.descend(plain.fine, plain.parameters(fine=True), RATES[1], steps)
     return {
         "plain_coarse_step_seconds": coarse / steps,
         "plain_fine_step_seconds": fine / steps,

@@ -12,14 +12,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse
 
-from mast3r_sfm.alignment.normal import PER_IMAGE, DepthBlock, EdgeBlock, NormalEquations
+from mast3r_sfm.alignment.normal import (
+    PER_IMAGE,
+    DepthBlock,
+    Depths,
+    EdgeBlock,
+    NormalEquations,
+    sum_depths,
+    sum_edges,
+)
 from mast3r_sfm.alignment.problem import Batch, PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.geometry.rigid import rotation_from_axis_angle
 from mast3r_sfm.types import Bool, Float64, Int64
 
 _MIN_DEPTH = 1e-3
 """Of a projected point, over its distance: what is nearer to the image plane, or behind it, is treated as there."""
+GROUP_MATCHES = 1 << 18
+"""Matches whose equations for depths are put together at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +68,9 @@ class CoarseLoss:
         count = PER_IMAGE * self.problem.num_images + self.problem.num_cameras
         free = ~fixed
         free[PER_IMAGE * self.problem.num_images :] = False
-        return NormalEquations(
-            blocks=[self._linearise(scene, batch) for batch in self._batches],
-            depths=DepthBlock(diagonal=np.zeros(0), gradient=np.zeros(0)),
-            prior=np.zeros(count),
-            prior_gradient=np.zeros(count),
-            free=free,
-        )
+        matrix, gradient = sum_edges((self._linearise(scene, batch) for batch in self._batches), count)
+        anchors = len(scene.log_depth)
+        return NormalEquations(matrix=matrix, gradient=gradient, depths=(), num_anchors=anchors, free=free)
 
     def _residual(self, scene: Scene, batch: Batch) -> tuple[Float64, Float64, tuple[Float64, Float64]]:
         """Residuals [B, K, 3], what they are divided by [B, K], and both camera points [B, K, 3]."""
@@ -92,7 +99,7 @@ class CoarseLoss:
         weight = self.problem.weight[batch.rows] * batch.used
         weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
         matrix, gradient = _sum_up(jacobian, residual, weight)
-        return _without_depths(_columns(self.problem, batch, (0, 1)), matrix, gradient)
+        return EdgeBlock(columns=_columns(self.problem, batch, (0, 1)), matrix=matrix, gradient=gradient)
 
 
 class FineLoss:
@@ -104,6 +111,7 @@ class FineLoss:
         self.priors = priors
         self.move_depths = move_depths
         self._batches = make_batches(problem.start)
+        self._groups = _by_source(problem)
 
     def residuals(self, scene: Scene) -> Float64:
         """[M, 2] distances in pixels from the match, of the point of each side in the other image."""
@@ -124,24 +132,25 @@ class FineLoss:
     def linearise(self, scene: Scene, fixed: Bool) -> NormalEquations:
         """Normal equations of one step; unknowns that are `fixed` [P] stay."""
         images, cameras = self.problem.num_images, self.problem.num_cameras
-        depth_weight = 1.0 / self.priors.log_depth**2
-        moving = scene.log_depth if self.move_depths else np.zeros(0)
-        diagonal, slope = np.full(len(moving), depth_weight), depth_weight * moving
-        blocks = [self._linearise(scene, batch, side, diagonal, slope) for batch in self._batches for side in (0, 1)]
-        prior, prior_gradient = np.zeros(PER_IMAGE * images + cameras), np.zeros(PER_IMAGE * images + cameras)
+        unknowns = PER_IMAGE * images + cameras
+        blocks: list[EdgeBlock] = []
+        depths: list[Depths] = []
+        for group in self._groups:
+            found = [self._linearise(scene, batch, side) for side, batch in group]
+            blocks += [edges for edges, _ in found]
+            if self.move_depths:
+                said = [depth for _, depth in found]
+                depths.append(sum_depths(said, unknowns, 1.0 / self.priors.log_depth**2, scene.log_depth))
+        matrix, gradient = sum_edges(blocks, unknowns)
         camera, focal_weight = self.problem.camera_of_image, 1.0 / self.priors.log_focal**2
+        prior = np.zeros(unknowns)
         prior[PER_IMAGE * images :] = focal_weight * np.bincount(camera, minlength=cameras)
-        change = np.bincount(camera, self._focal_change(scene), cameras)
-        prior_gradient[PER_IMAGE * images :] = focal_weight * change
+        gradient[PER_IMAGE * images :] += focal_weight * np.bincount(camera, self._focal_change(scene), cameras)
         free = ~fixed
         free[PER_IMAGE * images :] &= ~self.problem.focal_is_known
-        return NormalEquations(
-            blocks=blocks,
-            depths=DepthBlock(diagonal=diagonal, gradient=slope),
-            prior=prior,
-            prior_gradient=prior_gradient,
-            free=free,
-        )
+        matrix = scipy.sparse.csr_array(matrix + scipy.sparse.diags_array(prior))
+        anchors = len(scene.log_depth)
+        return NormalEquations(matrix=matrix, gradient=gradient, depths=depths, num_anchors=anchors, free=free)
 
     def _focal_change(self, scene: Scene) -> Float64:
         return np.log(scene.focal_px[self.problem.camera_of_image] / self.problem.base_focal_px)
@@ -161,31 +170,30 @@ class FineLoss:
             points=points, turn=turn, seen=seen, depth=depth, focal=focal, pixel=pixel, residual=residual
         )
 
-    def _linearise(self, scene: Scene, batch: Batch, side: int, diagonal: Float64, slope: Float64) -> EdgeBlock:
-        """Adds to the depths' own equations in place."""
+    def _linearise(self, scene: Scene, batch: Batch, side: int) -> tuple[EdgeBlock, DepthBlock]:
         shown = self._project(scene, batch, side)
         jacobian = self._jacobian(scene, batch, side, shown)
         weight = self.problem.weight[batch.rows] * batch.used
         weight = weight / (1 + (shown.residual**2).sum(axis=-1) / self.kernel**2)
         matrix, gradient = _sum_up(jacobian, shown.residual, weight)
         columns = _columns(self.problem, batch, (side, 1 - side), focal=True)
-        if not self.move_depths:
-            return _without_depths(columns, matrix, gradient)
-        anchors = self.problem.anchor[batch.rows, side]
         by_depth = weight[..., None] * jacobian[..., 6]  # an anchor's depth moves its points as the scale does
-        diagonal += np.bincount(anchors.ravel(), (by_depth * jacobian[..., 6]).sum(axis=-1).ravel(), len(diagonal))
-        slope += np.bincount(anchors.ravel(), (by_depth * shown.residual).sum(axis=-1).ravel(), len(slope))
-        coupling = (by_depth[..., None, :] @ jacobian)[..., 0, :]
-        return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient, anchors=anchors, coupling=coupling)
+        return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient), DepthBlock(
+            anchors=self.problem.anchor[batch.rows, side],
+            columns=columns,
+            coupling=(by_depth[..., None, :] @ jacobian)[..., 0, :],
+            diagonal=(by_depth * jacobian[..., 6]).sum(axis=-1),
+            gradient=(by_depth * shown.residual).sum(axis=-1),
+        )
 
     def _jacobian(self, scene: Scene, batch: Batch, side: int, shown: _Projection) -> Float64:
-        """[B, K, 2, 16]: both images' turn, shift and scale, then both focal lengths."""
+        """[B, K, 2, 15]: turn, shift and scale of the source, turn and shift of the target, then both focal lengths."""
         source = self.problem.pairs[batch.edges, side].astype(np.int64)
         across = np.zeros((*shown.depth.shape, 2, 3))
         across[..., 0, 0] = across[..., 1, 1] = shown.focal / shown.depth
         across[..., 2] = -shown.pixel / shown.depth[..., None]
         back = across @ shown.turn[:, None]
-        jacobian = np.zeros((*shown.depth.shape, 2, 2 * PER_IMAGE + 2))
+        jacobian = np.zeros((*shown.depth.shape, 2, 2 * PER_IMAGE + 1))
         jacobian[..., 0:3] = _cross(back, shown.points)
         jacobian[..., 3:6] = -back
         jacobian[..., 6] = (back @ shown.points[..., None])[..., 0]
@@ -197,8 +205,8 @@ class FineLoss:
         # Of the source's focal length: rays get steeper, and depth follows the angle of the surface.
         by_focal = -shown.points * (steep / (1.0 + steep))[..., None]
         by_focal[..., :2] -= shown.points[..., :2]
-        jacobian[..., 14] = (back @ by_focal[..., None])[..., 0]
-        jacobian[..., 15] = shown.pixel
+        jacobian[..., 13] = (back @ by_focal[..., None])[..., 0]
+        jacobian[..., 14] = shown.pixel
         return jacobian
 
 
@@ -220,16 +228,8 @@ class _Projection:
     """[B, K, 2]."""
 
 
-def _without_depths(columns: Int64, matrix: Float64, gradient: Float64) -> EdgeBlock:
-    edges, unknowns = columns.shape
-    none = np.zeros((edges, 0), np.int64)
-    return EdgeBlock(
-        columns=columns, matrix=matrix, gradient=gradient, anchors=none, coupling=np.zeros((edges, 0, unknowns))
-    )
-
-
 def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64) -> Scene:
-    """The scene after a step of the unknowns [P] and of the depths [A], or [0] where these stay."""
+    """The scene after a step of the unknowns [P] and of the depths [A]."""
     images = problem.num_images
     change = step[: PER_IMAGE * images].reshape(images, PER_IMAGE)
     turn = rotation_from_axis_angle(change[:, :3])
@@ -238,7 +238,7 @@ def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64)
     return Scene(
         cam_from_world=pose,
         log_scale=scene.log_scale + change[:, 6],
-        log_depth=scene.log_depth + depths if len(depths) else scene.log_depth,
+        log_depth=scene.log_depth + depths,
         focal_px=scene.focal_px * np.exp(step[PER_IMAGE * images :]),
     )
 
@@ -249,13 +249,25 @@ def _cauchy(size: Float64, weight: Float64, kernel: float) -> float:
 
 
 def _columns(problem: PointmapProblem, batch: Batch, sides: Sequence[int], focal: bool = False) -> Int64:
-    """Unknowns of both images of the batch's edges [B, 14], and of their cameras [B, 16]."""
+    """Unknowns of both images of the batch's edges [B, 14], or as `FineLoss._jacobian` has them [B, 15]."""
     images = problem.pairs[batch.edges][:, list(sides)].astype(np.int64)
     columns = (PER_IMAGE * images[:, :, None] + np.arange(PER_IMAGE)).reshape(len(images), -1)
     if not focal:
         return columns
     cameras = PER_IMAGE * problem.num_images + problem.camera_of_image[images].astype(np.int64)
-    return np.concatenate([columns, cameras], axis=1)
+    return np.concatenate([columns[:, :-1], cameras], axis=1)
+
+
+def _by_source(problem: PointmapProblem) -> list[list[tuple[int, Batch]]]:
+    """Sides and batches of all edges, both ways, in groups of source images: no anchor stands in two groups."""
+    counts = np.diff(problem.start)
+    matches = np.bincount(problem.pairs.ravel(), np.repeat(counts, 2), problem.num_images)
+    group = (np.cumsum(matches) // GROUP_MATCHES).astype(np.int64)
+    groups = []
+    for number in np.unique(group):
+        sides = [(side, np.flatnonzero(group[problem.pairs[:, side]] == number)) for side in (0, 1)]
+        groups.append([(side, batch) for side, edges in sides for batch in make_batches(problem.start, edges)])
+    return [one for one in groups if one]
 
 
 def _sum_up(jacobian: Float64, residual: Float64, weight: Float64) -> tuple[Float64, Float64]:

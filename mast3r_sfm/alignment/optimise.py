@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, move
-from mast3r_sfm.alignment.normal import PER_IMAGE
+from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
 from mast3r_sfm.errors import DivergedError
 from mast3r_sfm.types import Bool, Float64
+
+MAX_LOG_STEP = 3.0
+"""No step may make a scale, a depth or a focal length more than e³ times as large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +57,14 @@ def minimise(loss: CoarseLoss | FineLoss, scene: Scene, stopping: Stopping) -> t
     """
     fixed = gauge(loss.problem)
     history = [loss.value(scene)]
-    _check(loss, scene, history)
     damping = stopping.first_damping
     while len(history) <= stopping.max_steps:
         equations = loss.linearise(scene, fixed)
+        _check(loss, scene, history, equations.gradient)
         while True:
-            step, depths = equations.solve(damping)
-            trial = move(loss.problem, scene, step, depths)
-            value = loss.value(trial)
-            if not (np.isfinite(step).all() and np.isfinite(value)):
-                _check(loss, trial, [*history, value])
-            if value < history[-1]:
+            trial = _try(loss, scene, equations, damping)
+            value = np.inf if trial is None else loss.value(trial)
+            if trial is not None and value < history[-1]:
                 break
             damping = max(10 * damping, 1e-6)
             if damping > stopping.max_damping:
@@ -76,13 +76,26 @@ def minimise(loss: CoarseLoss | FineLoss, scene: Scene, stopping: Stopping) -> t
     return scene, Course(history=tuple(history), converged=False)
 
 
-def _check(loss: CoarseLoss | FineLoss, scene: Scene, history: list[float]) -> None:
-    if np.isfinite(history[-1]):
+def _try(loss: CoarseLoss | FineLoss, scene: Scene, equations: NormalEquations, damping: float) -> Scene | None:
+    """The scene after a step, or None where there is no such step."""
+    try:
+        step, depths = equations.solve(damping)
+    except ArithmeticError:
+        return None
+    images = PER_IMAGE * loss.problem.num_images
+    logarithms = np.concatenate([step[:images].reshape(-1, PER_IMAGE)[:, -1], step[images:], depths])
+    if not np.isfinite(step).all() or not np.abs(logarithms).max(initial=0.0) < MAX_LOG_STEP:
+        return None
+    return move(loss.problem, scene, step, depths)
+
+
+def _check(loss: CoarseLoss | FineLoss, scene: Scene, history: list[float], gradient: Float64) -> None:
+    if np.isfinite(history[-1]) and np.isfinite(gradient).all():
         return
     worst = worst_edges(loss.problem, loss.residuals(scene))
     named = ", ".join(f"{first}–{second}" for first, second in loss.problem.pairs[worst].tolist())
     raise DivergedError(
-        f"the alignment of the pointmaps ended in {history[-1]} at step {len(history) - 1}; "
+        f"the alignment of the pointmaps ended in values that are not finite at step {len(history) - 1}; "
         f"the worst edges are {named}: look at these images, or leave them out"
     )
 

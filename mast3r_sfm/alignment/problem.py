@@ -120,10 +120,16 @@ MAX_ROWS = 1 << 16
 """Matches in a batch, at most (unless one edge has more): what is computed for each at a time is a few kB."""
 
 
-def make_batches(start: Int64) -> list[Batch]:
-    """Put edges of similar size together, so that arrays over them are filled by half at least."""
+def make_batches(start: Int64, chosen: Int64 | None = None) -> list[Batch]:
+    """Put edges of similar size together, so that arrays over them are filled by half at least.
+
+    Args:
+        start: [E + 1] as in `PointmapProblem`.
+        chosen: edges to take; all by default.
+    """
     counts = np.diff(start)
-    order = np.argsort(-counts, kind="stable")
+    within = np.arange(len(counts)) if chosen is None else chosen
+    order = within[np.argsort(-counts[within], kind="stable")]
     batches, at = [], 0
     while at < len(order):
         size = int(counts[order[at]])
