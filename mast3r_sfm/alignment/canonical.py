@@ -91,16 +91,20 @@ def depth_at_focal(offset: Float64, focal_ratio: Float64) -> Float64:
 class CanonicalSums:
     """Running sums over the pointmaps of one image; `view` may be asked for at any time after the first."""
 
-    def __init__(self, shape: tuple[int, int], grid_px: int = GRID_PX) -> None:
+    def __init__(self, shape: tuple[int, int], grid_px: int = GRID_PX, *, align_scales: bool = True) -> None:
         """Start with nothing.
 
         Args:
             shape: height and width in pixels.
             grid_px: side of the grid cells.
+            align_scales: bring each pointmap to the median depth of the first. Where pairs differ in scale, a plain
+                mean, as published, has the scale of the pairs that see a pixel best, and tears where these change.
         """
         self.shape = shape
         self.grid_px = grid_px
+        self.align_scales = align_scales
         self.count = 0
+        self._depth = 0.0
         self._weight = np.zeros(shape)
         self._squared = np.zeros(shape)
         self._points = np.zeros((*shape, 3))
@@ -113,7 +117,7 @@ class CanonicalSums:
         """Count one pair's pointmap of the image in.
 
         Args:
-            points: [H, W, 3] in the image's own camera frame; all pairs have the same scale, up to noise.
+            points: [H, W, 3] in the image's own camera frame.
             confidence: [H, W], at least 1.
 
         Raises:
@@ -124,7 +128,14 @@ class CanonicalSums:
         if not np.isfinite(points).all() or not confidence.min(initial=1.0) >= 1.0:
             raise ShapeError("a pointmap must be finite, with confidences of at least 1")
         weight = np.asarray(confidence, np.float64) - CONFIDENCE_FLOOR
-        difference = points - points[self._centre].astype(np.float64)
+        points = np.asarray(points, np.float64)
+        if self.align_scales:
+            depth = float(np.median(points[..., 2]))
+            if depth <= 0:
+                raise ShapeError("most of a pointmap lies behind its camera")
+            self._depth = self._depth or depth
+            points = points * (self._depth / depth)
+        difference = points - points[self._centre]
         base = np.hypot(difference[..., 0], difference[..., 1])
         self.count += 1
         self._weight += weight

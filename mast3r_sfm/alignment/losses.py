@@ -29,7 +29,7 @@ from mast3r_sfm.types import Bool, Float64, Int64
 
 _MIN_DEPTH = 1e-3
 """Of a projected point, over its distance: what is nearer to the image plane, or behind it, is treated as there."""
-GROUP_MATCHES = 1 << 18
+GROUP_MATCHES = 1 << 17
 """Matches whose equations for depths are put together at a time."""
 
 

@@ -79,8 +79,9 @@ def sum_depths(blocks: Sequence[DepthBlock], unknowns: int, prior: float, value:
     rows, columns, values, start = [], [], [], 0
     for block in blocks:
         edges, matches, k = block.coupling.shape
-        rows.append(np.repeat(where[start : start + edges * matches], k))
-        columns.append(np.broadcast_to(block.columns[:, None], block.coupling.shape).ravel())
+        # Half the memory of the default integers, at what takes most of it.
+        rows.append(np.repeat(where[start : start + edges * matches].astype(np.int32), k))
+        columns.append(np.broadcast_to(block.columns.astype(np.int32)[:, None], block.coupling.shape).ravel())
         values.append(block.coupling.ravel())
         start += edges * matches
     table = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))

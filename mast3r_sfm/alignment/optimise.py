@@ -24,7 +24,7 @@ class Stopping:
     """When to stop."""
 
     max_steps: int = 50
-    least_decrease: float = 1e-5
+    least_decrease: float = 1e-4
     """Of the loss, relative, below which it has converged."""
     first_damping: float = 1e-4
     max_damping: float = 1e8

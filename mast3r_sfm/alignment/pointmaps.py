@@ -6,7 +6,7 @@ contradict it, and a second-order solver.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class PointmapOptions:
     """Share of an edge's matches within three kernels, below which the edge is dropped."""
     priors: Priors = field(default_factory=Priors)
     stopping: Stopping = field(default_factory=Stopping)
+    """Of the last kernel of a stage."""
+    rough_decrease: float = 1e-2
+    """Relative decrease of the loss at which the kernels before the last are done: the next one goes on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +69,17 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
     scene, agrees = average_start(problem, similar)
     kept = agrees & (similar.support > options.min_agreement)
     courses: list[Course] = []
-    for kernel in options.coarse_kernels:
+    for kernel, stopping in _schedule(options, options.coarse_kernels):
         kept, placed = _largest(problem, kept)
         loss = CoarseLoss(problem.with_edges(kept), kernel)
-        scene, course = minimise(loss, scene, options.stopping)
+        scene, course = minimise(loss, scene, stopping)
         courses.append(course)
         kept &= _agreement(problem, CoarseLoss(problem, kernel).residuals(scene), 3 * kernel) > options.min_agreement
     coarse = scene
-    for kernel in options.fine_kernels_px:
+    for kernel, stopping in _schedule(options, options.fine_kernels_px):
         kept, placed = _largest(problem, kept)
         fine = FineLoss(problem.with_edges(kept), kernel, options.priors, options.move_depths)
-        scene, course = minimise(fine, scene, options.stopping)
+        scene, course = minimise(fine, scene, stopping)
         courses.append(course)
         errors = FineLoss(problem, kernel, options.priors, options.move_depths).residuals(scene)
         kept &= _agreement(problem, errors.max(axis=1), 3 * kernel) > options.min_agreement
@@ -90,6 +93,11 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
         good_edges=np.bincount(problem.pairs[kept].ravel(), minlength=problem.num_images).astype(np.int32),
         courses=tuple(courses),
     )
+
+
+def _schedule(options: PointmapOptions, kernels: tuple[float, ...]) -> list[tuple[float, Stopping]]:
+    rough = replace(options.stopping, least_decrease=options.rough_decrease)
+    return [*((kernel, rough) for kernel in kernels[:-1]), (kernels[-1], options.stopping)]
 
 
 def _largest(problem: PointmapProblem, kept: Bool) -> tuple[Bool, Bool]:
