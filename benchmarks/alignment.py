@@ -68,7 +68,7 @@ class World:
         ray = np.concatenate([pixels / self.focal_px[image], np.ones((len(pixels), 1))], axis=1) @ pose[:, :3]
         centre = camera_centre(pose)
         depth = np.full(len(ray), ALTITUDE)
-        for _ in range(60):
+        for _ in range(25):
             reached = (self.ground(centre[:2] + depth[:, None] * ray[:, :2]) - centre[2]) / ray[:, 2]
             depth = 0.5 * depth + 0.5 * reached
         return centre + depth[:, None] * ray, depth
@@ -95,12 +95,16 @@ def make_world(cameras: int, rng: np.random.Generator) -> World:
 
 
 def nearest_pairs(world: World, edges: int) -> Int64:
-    """[E, 2] the pairs of images that look at the nearest places."""
+    """[E, 2] each image with its four nearest by the places that they look at, and then the nearest pairs of all."""
     count = len(world.focal_px)
     middle = np.array([world.cast(image, np.zeros((1, 2)))[0][0] for image in range(count)])
     first, second = np.triu_indices(count, 1)
     distance = np.linalg.norm(middle[first] - middle[second], axis=1)
-    chosen = np.sort(np.argsort(distance, kind="stable")[:edges])
+    square = np.full((count, count), np.inf)
+    square[first, second] = square[second, first] = distance
+    rank = np.argsort(np.argsort(square, axis=1), axis=1)
+    needed = np.minimum(rank[first, second], rank[second, first]) < 4
+    chosen = np.sort(np.lexsort((distance, ~needed))[:edges])
     return np.stack([first[chosen], second[chosen]], axis=1)
 
 
@@ -152,7 +156,7 @@ def make_problem(world: World, pairs: Int64, rng: np.random.Generator, nonsense:
 def match(world: World, first: int, second: int, rng: np.random.Generator) -> tuple[Int64, Int64]:
     """Whole pixels [M, 2] of both images."""
     centre = np.array([WIDTH, HEIGHT]) / 2
-    one = rng.integers(0, [WIDTH, HEIGHT], (6 * MATCHES, 2))
+    one = rng.integers(0, [WIDTH, HEIGHT], (3 * MATCHES, 2))
     points, _ = world.cast(first, one - centre)
     other = np.rint(world.project(second, points) + centre + rng.normal(0, 0.5, (len(one), 2))).astype(np.int64)
     seen = ((other >= 0) & (other < [WIDTH, HEIGHT])).all(axis=1)

@@ -1,0 +1,170 @@
+"""The linearisation of both losses, and the elimination of depths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors, move
+from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
+from mast3r_sfm.alignment.problem import PointmapProblem, Scene, make_batches
+from mast3r_sfm.errors import ShapeError
+from mast3r_sfm.geometry.rigid import make_pose, rotation_from_axis_angle
+from mast3r_sfm.types import Float64
+
+IMAGES, CELLS, MATCHES = 4, 6, 9
+
+
+def _problem(shared: bool = True) -> PointmapProblem:
+    """Random numbers: the losses need no scene to be smooth."""
+    rng = np.random.default_rng(0)
+    pairs = np.array([[0, 1], [0, 2], [1, 2], [2, 3], [1, 3]], np.int32)
+    counts = np.array([MATCHES, 3, MATCHES, 1, 5])
+    total = int(counts.sum())
+    image = np.repeat(pairs, counts, axis=0)
+    return PointmapProblem(
+        base_focal_px=rng.uniform(90, 110, IMAGES),
+        camera_of_image=np.array([0, 1, 0, 2] if shared else range(IMAGES), np.int32),
+        focal_is_known=np.array([False, False, True] if shared else [False] * IMAGES),
+        image_of_anchor=np.repeat(np.arange(IMAGES), CELLS),
+        anchor_depth=rng.uniform(4, 6, IMAGES * CELLS),
+        pairs=pairs,
+        start=np.concatenate([[0], np.cumsum(counts)]),
+        pixels=rng.uniform(-40, 40, (total, 2, 2)),
+        anchor=image * CELLS + rng.integers(0, CELLS, (total, 2)),
+        offset=rng.uniform(0.9, 1.1, (total, 2)),
+        weight=rng.uniform(0.5, 2, total),
+    )
+
+
+def _scene(problem: PointmapProblem) -> Scene:
+    rng = np.random.default_rng(1)
+    rotation = rotation_from_axis_angle(rng.normal(0, 0.1, (IMAGES, 3)))
+    return Scene(
+        cam_from_world=make_pose(rotation, rng.normal(0, 0.3, (IMAGES, 3))),
+        log_scale=rng.normal(0, 0.1, IMAGES),
+        log_depth=rng.normal(0, 0.03, IMAGES * CELLS),
+        focal_px=rng.uniform(90, 110, problem.num_cameras),
+    )
+
+
+def _losses(problem: PointmapProblem) -> list[CoarseLoss | FineLoss]:
+    return [CoarseLoss(problem, 0.3), FineLoss(problem, 20.0, Priors())]
+
+
+def _nothing_fixed(problem: PointmapProblem) -> np.ndarray:
+    return np.zeros(PER_IMAGE * IMAGES + problem.num_cameras, bool)
+
+
+def _total_weight(loss: CoarseLoss | FineLoss) -> float:
+    return float(loss.problem.weight.sum()) * (1 if isinstance(loss, CoarseLoss) else 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_fine_gradient_is_the_slope_of_the_loss(shared: bool) -> None:
+    problem = _problem(shared)
+    loss, scene = _losses(problem)[1], _scene(problem)
+    equations = loss.linearise(scene, _nothing_fixed(problem))
+    still, unmoved = np.zeros(len(equations.gradient)), np.zeros(len(scene.log_depth))
+    for unknown in range(len(equations.gradient)):
+        step = still.copy()
+        step[unknown] = 1e-6
+        rise = [loss.value(move(problem, scene, sign * step, unmoved)) for sign in (1, -1)]
+        slope = (rise[0] - rise[1]) / 2e-6 * _total_weight(loss)
+        assert equations.gradient[unknown] == pytest.approx(slope, rel=1e-5, abs=1e-4)
+    for depths in equations.depths:
+        for number, anchor in enumerate(depths.anchors):
+            step = unmoved.copy()
+            step[anchor] = 1e-6
+            rise = [loss.value(move(problem, scene, still, sign * step)) for sign in (1, -1)]
+            slope = (rise[0] - rise[1]) / 2e-6 * _total_weight(loss)
+            assert depths.gradient[number] == pytest.approx(slope, rel=1e-5, abs=1e-4)
+
+
+def test_the_coarse_gradient_is_the_slope_where_depth_stays() -> None:
+    problem = _problem()
+    loss, scene = _losses(problem)[0], _scene(problem)
+    equations = loss.linearise(scene, _nothing_fixed(problem))
+    assert not equations.free[PER_IMAGE * IMAGES :].any()
+    # The depth that residuals are divided by is held during a step, and only scales change it.
+    for unknown in np.flatnonzero(np.arange(PER_IMAGE * IMAGES) % PER_IMAGE < 6):
+        step = np.zeros(len(equations.gradient))
+        step[unknown] = 1e-6
+        unmoved = np.zeros(len(scene.log_depth))
+        rise = [loss.value(move(problem, scene, sign * step, unmoved)) for sign in (1, -1)]
+        slope = (rise[0] - rise[1]) / 2e-6 * _total_weight(loss)
+        assert equations.gradient[unknown] == pytest.approx(slope, rel=1e-5, abs=1e-6)
+
+
+def test_the_coarse_loss_does_not_fall_when_the_world_shrinks() -> None:
+    problem, scene = _problem(), _scene(_problem())
+    loss = _losses(problem)[0]
+    pose = scene.cam_from_world.copy()
+    pose[:, :, 3] *= 0.01
+    smaller = replace(scene, cam_from_world=pose, log_scale=scene.log_scale + np.log(0.01))
+    assert loss.value(smaller) == pytest.approx(loss.value(scene), rel=1e-9)
+
+
+def test_losses_do_not_change_when_the_world_is_turned_and_moved() -> None:
+    problem, scene = _problem(), _scene(_problem())
+    turn = rotation_from_axis_angle(np.array([0.3, -1.0, 0.5]))
+    rotation = scene.cam_from_world[:, :, :3] @ turn
+    shift = scene.cam_from_world[:, :, 3] - rotation @ np.array([1.0, -2.0, 3.0])
+    elsewhere = replace(scene, cam_from_world=make_pose(rotation, shift))
+    for loss in _losses(problem):
+        assert loss.value(elsewhere) == pytest.approx(loss.value(scene), rel=1e-9)
+
+
+def _whole(equations: NormalEquations, damping: float) -> tuple[Float64, Float64]:
+    """The step from the whole matrix, depths included."""
+    free, (depths,) = np.flatnonzero(equations.free), equations.depths
+    coupling = depths.coupling[:, free]
+    matrix = scipy.sparse.block_array(
+        [[equations.matrix[free][:, free], coupling.T], [coupling, scipy.sparse.diags_array(depths.diagonal)]]
+    ).toarray()
+    matrix[np.diag_indices(len(matrix))] *= 1 + damping
+    solution = np.linalg.solve(matrix, -np.concatenate([equations.gradient[free], depths.gradient]))
+    step, change = np.zeros(len(equations.gradient)), np.zeros(equations.num_anchors)
+    step[free], change[depths.anchors] = solution[: len(free)], solution[len(free) :]
+    return step, change
+
+
+@pytest.mark.parametrize("dense", [0, 1000])
+def test_eliminating_depths_gives_the_step_of_the_whole(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mast3r_sfm.alignment.normal.DENSE", dense)
+    problem, scene = _problem(), _scene(_problem())
+    fixed = _nothing_fixed(problem)
+    fixed[:PER_IMAGE] = True
+    equations = FineLoss(problem, 20.0, Priors()).linearise(scene, fixed)
+    step, change = equations.solve(0.01)
+    expected, expected_change = _whole(equations, 0.01)
+    np.testing.assert_allclose(step, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(change, expected_change, rtol=1e-6, atol=1e-9)
+    assert not step[:PER_IMAGE].any()
+    assert step[-1] == 0, "a known focal length moved"
+    assert np.abs(step[PER_IMAGE:-1]).max() > 1e-4
+
+
+def test_batches_hold_every_match_once() -> None:
+    start = np.concatenate([[0], np.cumsum([5, 1, 700, 90000, 3, 3, 260, 261])])
+    counted = np.zeros(start[-1])
+    for batch in make_batches(start):
+        np.add.at(counted, batch.rows.ravel(), batch.used.ravel())
+        assert batch.used.mean() >= 0.5
+        assert len(batch.edges) == 1 or batch.rows.size <= 1 << 16
+    np.testing.assert_array_equal(counted, 1)
+
+
+def test_contradictory_problems_are_refused() -> None:
+    problem = _problem()
+    for change, message in (
+        ({"pairs": problem.pairs[:, ::-1]}, "first < second"),
+        ({"anchor_depth": -problem.anchor_depth}, "positive"),
+        ({"start": problem.start[:-1]}, r"pairs has shape \(5, 2\), expected \(4, 2\)"),
+        ({"start": np.array([0, 9, 9, 21, 22, 27])}, "one per edge"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            replace(problem, **change)

@@ -1,0 +1,102 @@
+"""Alignment problems from the oracle's pointmaps, and the errors of their solutions.
+
+problem = oracle_problem(room_views(), pixel_px=1.0, depth_relative=0.01, log_scale=0.3)
+errors = measure(align_pointmaps(problem, PointmapOptions()).scene, problem, room_views())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mast3r_sfm.alignment.canonical import CanonicalSums
+from mast3r_sfm.alignment.problem import EdgeMatches, PointmapProblem, Scene, make_problem
+from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
+from mast3r_sfm.geometry.similarity import align_similarity
+from mast3r_sfm.matching.reciprocal import match_predictions
+from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
+from mast3r_sfm.synthetic.render import View
+from mast3r_sfm.types import Float64
+from tests.scenes import load
+
+CONFIDENT = 5.0
+LEAST_MATCHES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneErrors:
+    """Means over all images or pairs of images."""
+
+    rotation_deg: float
+    """Of the relative rotations."""
+    position_percent: float
+    """Of the longest baseline, after a similarity on the centres."""
+    focal_percent: float
+
+
+def oracle_problem(
+    views: Mapping[str, View], *, step: int = 4, known_focal: bool = False, seed: int = 0, **noise: float
+) -> PointmapProblem:
+    """What the oracle says of all pairs of views; edges stand where enough matches are confident."""
+    names = sorted(views)
+    model = OracleModel(views, OracleNoise(**noise), seed)
+    encodings = model.encode(load(views))
+    camera = views[names[0]].camera
+    height, width = camera.height_px, camera.width_px
+    sums = [CanonicalSums((height, width)) for _ in names]
+    edges = []
+    for first in range(len(names)):
+        for second in range(first + 1, len(names)):
+            _, forward, backward = next(iter(model.predict([(encodings[first], encodings[second])])))
+            found = match_predictions(forward, backward, step)
+            sure = found.confidence.numpy() > CONFIDENT
+            if sure.sum() < LEAST_MATCHES:
+                continue
+            for image, prediction in ((first, forward), (second, backward)):
+                points, confidence = prediction.first.points_at(torch.arange(height * width))
+                sums[image].add(
+                    points.numpy().reshape(height, width, 3).astype(np.float64),
+                    confidence.numpy().reshape(height, width).astype(np.float64),
+                )
+            pixels = [
+                np.stack([side.numpy() % width, side.numpy() // width], axis=1).astype(np.int64)[sure]
+                for side in (found.pairs.first, found.pairs.second)
+            ]
+            edges.append(
+                EdgeMatches(
+                    first=first,
+                    second=second,
+                    pixels_first=pixels[0],
+                    pixels_second=pixels[1],
+                    confidence=found.confidence.numpy()[sure].astype(np.float64),
+                )
+            )
+    # Integer pixels here have their centres at 0, COLMAP's at 0.5.
+    centre = camera.intrinsics[:2, 2] - 0.5
+    problem = make_problem([one.view(centre) for one in sums], np.tile(centre, (len(names), 1)), edges)
+    if not known_focal:
+        return problem
+    focal = np.array([views[name].K[0, 0] for name in names])
+    # Offsets belong to the focal length of the canonical view, which the oracle gets right but for rounding.
+    np.testing.assert_allclose(problem.base_focal_px, focal, rtol=1e-3)
+    return replace(problem, base_focal_px=focal, focal_is_known=np.ones(len(names), bool))
+
+
+def measure(scene: Scene, problem: PointmapProblem, views: Mapping[str, View]) -> SceneErrors:
+    """Compare with the truth."""
+    truth = np.array([views[name].cam_from_world for name in sorted(views)])
+    found, centre = camera_centre(scene.cam_from_world), camera_centre(truth)
+    fit = align_similarity(found, centre, collinear_ok=True)
+    first, second = np.triu_indices(len(truth), 1)
+    relative = [pose[second, :, :3] @ pose[first, :, :3].transpose(0, 2, 1) for pose in (scene.cam_from_world, truth)]
+    span = float(np.linalg.norm(centre[:, None] - centre[None], axis=-1).max())
+    focal: Float64 = np.array([views[name].K[0, 0] for name in sorted(views)])
+    own = scene.focal_px[problem.camera_of_image]
+    return SceneErrors(
+        rotation_deg=float(np.degrees(angle_between_rotations(relative[0], relative[1])).mean()),
+        position_percent=100 * float(np.linalg.norm(fit.apply(found) - centre, axis=1).mean()) / span,
+        focal_percent=100 * float(np.abs(own / focal - 1).mean()),
+    )
