@@ -17,13 +17,14 @@ from mast3r_sfm.alignment.problem import EdgeMatches, PointmapProblem, Scene, ma
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
 from mast3r_sfm.geometry.similarity import align_similarity
 from mast3r_sfm.matching.reciprocal import match_predictions
+from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Float64, Int64, PairPrediction
 from tests.scenes import load
 
 CONFIDENT = 5.0
-LEAST_MATCHES = 40
+LEAST_MATCHES, MOST_MATCHES = 40, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +39,33 @@ class SceneErrors:
 
 
 def oracle_problem(
-    views: Mapping[str, View], *, step: int = 4, known_focal: bool = False, seed: int = 0, **noise: float
+    views: Mapping[str, View], *, by_descriptors: bool = False, seed: int = 0, **noise: float
 ) -> PointmapProblem:
-    """What the oracle says of all pairs of views; edges stand where enough matches are confident."""
+    """What the oracle says of all pairs of views; edges stand where enough matches are confident.
+
+    Args:
+        views: by name.
+        by_descriptors: match the oracle's descriptors. By default, matches are the true ones with its noise, which is
+            many times as fast and the same but for pairs that the oracle takes for others.
+        seed: of the oracle.
+        noise: fields of OracleNoise.
+    """
     names = sorted(views)
     model = OracleModel(views, OracleNoise(**noise), seed)
     encodings = model.encode(load(views))
     camera = views[names[0]].camera
     height, width = camera.height_px, camera.width_px
     sums = [CanonicalSums((height, width)) for _ in names]
+    rng = np.random.default_rng(seed)
     edges = []
     for first in range(len(names)):
         for second in range(first + 1, len(names)):
             _, forward, backward = next(iter(model.predict([(encodings[first], encodings[second])])))
-            found = match_predictions(forward, backward, step)
-            sure = found.confidence.numpy() > CONFIDENT
-            if sure.sum() < LEAST_MATCHES:
+            if by_descriptors:
+                pixels = _match_descriptors(forward, backward, width)
+            else:
+                pixels = _true_matches(views[names[first]], views[names[second]], rng, noise.get("pixel_px", 0.0))
+            if len(pixels) < LEAST_MATCHES:
                 continue
             for image, prediction in ((first, forward), (second, backward)):
                 points, confidence = prediction.first.points_at(torch.arange(height * width))
@@ -61,28 +73,48 @@ def oracle_problem(
                     points.numpy().reshape(height, width, 3).astype(np.float64),
                     confidence.numpy().reshape(height, width).astype(np.float64),
                 )
-            pixels = [
-                np.stack([side.numpy() % width, side.numpy() // width], axis=1).astype(np.int64)[sure]
-                for side in (found.pairs.first, found.pairs.second)
-            ]
             edges.append(
                 EdgeMatches(
                     first=first,
                     second=second,
-                    pixels_first=pixels[0],
-                    pixels_second=pixels[1],
-                    confidence=found.confidence.numpy()[sure].astype(np.float64),
+                    pixels_first=pixels[:, 0],
+                    pixels_second=pixels[:, 1],
+                    confidence=np.ones(len(pixels)),
                 )
             )
     # Integer pixels here have their centres at 0, COLMAP's at 0.5.
     centre = camera.intrinsics[:2, 2] - 0.5
-    problem = make_problem([one.view(centre) for one in sums], np.tile(centre, (len(names), 1)), edges)
-    if not known_focal:
-        return problem
-    focal = np.array([views[name].K[0, 0] for name in names])
+    return make_problem([one.view(centre) for one in sums], np.tile(centre, (len(names), 1)), edges)
+
+
+def with_known_focal(problem: PointmapProblem, views: Mapping[str, View]) -> PointmapProblem:
+    """The same with the true focal lengths, which are not to be changed."""
+    focal = np.array([views[name].K[0, 0] for name in sorted(views)])
     # Offsets belong to the focal length of the canonical view, which the oracle gets right but for rounding.
     np.testing.assert_allclose(problem.base_focal_px, focal, rtol=1e-3)
-    return replace(problem, base_focal_px=focal, focal_is_known=np.ones(len(names), bool))
+    return replace(problem, base_focal_px=focal, focal_is_known=np.ones(len(focal), bool))
+
+
+def _true_matches(first: View, second: View, rng: np.random.Generator, noise_px: float) -> Int64:
+    """[M, 2, 2] whole pixels of both views (column, row)."""
+    xy, seen = correspond(first, second)
+    row, column = np.nonzero(seen)
+    chosen = rng.permutation(len(row))[:MOST_MATCHES]
+    row, column = row[chosen], column[chosen]
+    other = np.rint(xy[row, column] - 0.5 + rng.normal(0, noise_px, (len(row), 2))).astype(np.int64)
+    height, width = second.depth.shape
+    inside = ((other >= 0) & (other < [width, height])).all(axis=1)
+    return np.stack([np.stack([column, row], axis=1), other], axis=1)[inside]
+
+
+def _match_descriptors(forward: PairPrediction, backward: PairPrediction, width: int) -> Int64:
+    found = match_predictions(forward, backward, 8)
+    sides = [
+        np.stack([side.numpy() % width, side.numpy() // width], axis=1)
+        for side in (found.pairs.first, found.pairs.second)
+    ]
+    pixels: Int64 = np.stack(sides, axis=1).astype(np.int64)[found.confidence.numpy() > CONFIDENT]
+    return pixels
 
 
 def measure(scene: Scene, problem: PointmapProblem, views: Mapping[str, View]) -> SceneErrors:

@@ -18,7 +18,7 @@ from mast3r_sfm.errors import DivergedError, ReconstructionError
 from mast3r_sfm.geometry.rigid import camera_centre, rotation_from_axis_angle
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View
-from tests.pointmaps import measure, oracle_problem
+from tests.pointmaps import measure, oracle_problem, with_known_focal
 from tests.scenes import facade_views, room_views, rotation_views
 
 NOISE = {"pixel_px": 1.0, "depth_relative": 0.01, "log_scale": 0.3}
@@ -26,14 +26,14 @@ VIEWS = {"facade": facade_views, "room": room_views}
 
 
 @lru_cache
-def _noisy(scene: str, known_focal: bool) -> tuple[PointmapProblem, Mapping[str, View]]:
+def _noisy(scene: str) -> tuple[PointmapProblem, Mapping[str, View]]:
     views = VIEWS[scene]()
-    return oracle_problem(views, known_focal=known_focal, **NOISE), views
+    return oracle_problem(views, **NOISE), views
 
 
 @pytest.mark.parametrize("scene", VIEWS)
 def test_unknown_focal_lengths_and_scales_are_found(scene: str) -> None:
-    problem, views = _noisy(scene, known_focal=False)
+    problem, views = _noisy(scene)
     result = align_pointmaps(problem, PointmapOptions())
     errors = measure(result.scene, problem, views)
     assert result.kept.all()
@@ -47,7 +47,8 @@ def test_unknown_focal_lengths_and_scales_are_found(scene: str) -> None:
 
 @pytest.mark.parametrize("scene", VIEWS)
 def test_known_focal_lengths_stay_and_make_it_better(scene: str) -> None:
-    problem, views = _noisy(scene, known_focal=True)
+    problem, views = _noisy(scene)
+    problem = with_known_focal(problem, views)
     result = align_pointmaps(problem, PointmapOptions())
     errors = measure(result.scene, problem, views)
     # The pixels are those of a network of 128 px: a quarter of the number that the bar of 0.15 degrees is meant for.
@@ -66,7 +67,7 @@ def test_without_noise_the_result_is_exact_but_for_whole_pixels() -> None:
 
 def test_a_turning_camera_keeps_its_place() -> None:
     views = rotation_views()
-    problem = oracle_problem(views, known_focal=True, **NOISE)
+    problem = with_known_focal(oracle_problem(views, **NOISE), views)
     result = align_pointmaps(problem, PointmapOptions())
     truth = np.array([views[name].cam_from_world for name in sorted(views)])
     scene = result.scene
@@ -82,7 +83,7 @@ def test_a_turning_camera_keeps_its_place() -> None:
 def test_pairs_taken_for_another_place_are_dropped_and_cost_nothing() -> None:
     views, noise = facade_views(), {**NOISE, "outlier_pairs": 0.25}
     names, seed = sorted(views), 2
-    problem = oracle_problem(views, seed=seed, **noise)
+    problem = oracle_problem(views, seed=seed, by_descriptors=True, **noise)
     model = OracleModel(views, OracleNoise(**noise), seed)
     wrong = np.array([model.is_outlier(names[first], names[second]) for first, second in problem.pairs])
     assert 2 <= wrong.sum() <= 5
@@ -95,7 +96,7 @@ def test_pairs_taken_for_another_place_are_dropped_and_cost_nothing() -> None:
 
 
 def test_an_image_that_only_nonsense_holds_is_left_out() -> None:
-    problem, views = _noisy("facade", known_focal=False)
+    problem, views = _noisy("facade")
     rng = np.random.default_rng(0)
     pixels, anchor = problem.pixels.copy(), problem.anchor.copy()
     last = len(views) - 1
@@ -110,21 +111,21 @@ def test_an_image_that_only_nonsense_holds_is_left_out() -> None:
 
 
 def test_parts_that_share_no_pair_are_refused() -> None:
-    problem, _ = _noisy("facade", known_focal=False)
+    problem, _ = _noisy("facade")
     apart = (problem.pairs < 3).all(axis=1) | (problem.pairs >= 3).all(axis=1)
     with pytest.raises(ReconstructionError, match="do not connect all images"):
         align_pointmaps(problem.with_edges(apart), PointmapOptions())
 
 
 def test_the_same_problem_gives_the_same_bits() -> None:
-    problem, _ = _noisy("facade", known_focal=False)
+    problem, _ = _noisy("facade")
     first, second = (align_pointmaps(problem, PointmapOptions()).scene for _ in range(2))
     np.testing.assert_array_equal(first.cam_from_world, second.cam_from_world)
     np.testing.assert_array_equal(first.log_depth, second.log_depth)
 
 
 def test_the_loss_falls_in_every_step_and_the_root_stays() -> None:
-    problem, _ = _noisy("room", known_focal=False)
+    problem, _ = _noisy("room")
     start, _ = average_start(problem, edge_similarities(problem))
     turn = rotation_from_axis_angle(np.random.default_rng(0).normal(0, 0.03, (problem.num_images, 3)))
     start = replace(start, cam_from_world=turn @ start.cam_from_world)
@@ -139,7 +140,7 @@ def test_the_loss_falls_in_every_step_and_the_root_stays() -> None:
 
 @pytest.mark.parametrize("loss", [CoarseLoss, FineLoss])
 def test_nan_names_the_step_and_the_worst_edge(loss: type[CoarseLoss] | type[FineLoss]) -> None:
-    problem, _ = _noisy("facade", known_focal=False)
+    problem, _ = _noisy("facade")
     start, _ = average_start(problem, edge_similarities(problem))
     pixels = problem.pixels.copy()
     pixels[problem.start[4]] = np.nan
