@@ -23,7 +23,7 @@ from mast3r_sfm.alignment.normal import (
     sum_depths,
     sum_edges,
 )
-from mast3r_sfm.alignment.problem import Batch, PointmapProblem, Scene, camera_points, make_batches
+from mast3r_sfm.alignment.problem import LEAST_RELATIVE, Batch, PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.geometry.rigid import rotation_from_axis_angle
 from mast3r_sfm.types import Bool, Float64, Int64
 
@@ -203,7 +203,7 @@ class FineLoss:
         ratio = (self.problem.base_focal_px[source] / focal)[:, None]
         steep = (self.problem.offset[batch.rows, side] - 1.0) * ratio
         # Of the source's focal length: rays get steeper, and depth follows the angle of the surface.
-        by_focal = -shown.points * (steep / (1.0 + steep))[..., None]
+        by_focal = -shown.points * (steep / np.maximum(1.0 + steep, LEAST_RELATIVE))[..., None]
         by_focal[..., :2] -= shown.points[..., :2]
         jacobian[..., 13] = (back @ by_focal[..., None])[..., 0]
         jacobian[..., 14] = shown.pixel

@@ -200,11 +200,16 @@ def make_problem(
     )
 
 
+LEAST_RELATIVE = 0.05
+"""Depth over the anchor's that is believed, at least: at the edge of a surface, an averaged angle may point behind."""
+
+
 def camera_points(problem: PointmapProblem, scene: Scene, rows: Int64, images: Int64, side: int) -> Float64:
     """Matched points [B, K, 3] of matches [B, K] in the camera frame of their image [B], in world units."""
     anchor = problem.anchor[rows, side]
     focal = scene.focal_px[problem.camera_of_image[images]]
     relative = depth_at_focal(problem.offset[rows, side], (problem.base_focal_px[images] / focal)[:, None])
+    relative = np.maximum(relative, LEAST_RELATIVE)
     depth = np.exp(scene.log_scale[images][:, None] + scene.log_depth[anchor]) * problem.anchor_depth[anchor] * relative
     ray = problem.pixels[rows, side] / focal[:, None, None]
     return np.concatenate([depth[..., None] * ray, depth[..., None]], axis=-1)

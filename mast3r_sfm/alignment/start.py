@@ -6,7 +6,7 @@ all edges, then the logarithms of scales, then positions: each is a robust avera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse.linalg import splu
@@ -14,6 +14,7 @@ from scipy.sparse.linalg import splu
 from mast3r_sfm.alignment.edges import EdgeSet
 from mast3r_sfm.alignment.problem import Batch, PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.alignment.rotations import average_rotations, graph_laplacian, trust_by_triangles
+from mast3r_sfm.alignment.tree import TreeKind, kinematic_trees
 from mast3r_sfm.geometry.rigid import make_pose
 from mast3r_sfm.types import Bool, Float64
 
@@ -102,48 +103,74 @@ def _fit(
 
 
 def average_start(problem: PointmapProblem, similar: EdgeSimilarities) -> tuple[Scene, Bool]:
-    """Poses and scales of all images, and which edges [E] agree with them.
+    """Poses and scales of all images, averaged over the whole graph, and which edges [E] agree with them.
 
     Args:
         problem: a connected one.
         similar: of its edges.
     """
-    evidence = np.diff(problem.start) * similar.support**2
-    edges = EdgeSet(
+    edges = _weighted(problem, similar)
+    edges = replace(edges, weight=edges.weight * trust_by_triangles(edges))
+    rotations, turn = average_rotations(edges)
+    weight = np.where(turn < MAX_TURN, edges.weight, 1e-6 * edges.weight)
+    # World units per unit of a view: those of the second are fewer, the more of its units one of the first makes.
+    log_scale, miss = _average(edges, -similar.log_scale[:, None], weight, np.full(len(weight), ROBUST_LOG_SCALE))
+    weight = np.where(miss < MAX_LOG_SCALE, weight, 1e-6 * weight)
+    vectors, depth = _baselines(problem, similar, rotations, log_scale[:, 0])
+    centres, shift = _average(edges, vectors, weight, ROBUST_SHIFT * depth)
+    agrees = (turn < MAX_TURN) & (miss < MAX_LOG_SCALE) & (shift < MAX_SHIFT * depth)
+    return _placed(problem, rotations, centres, log_scale[:, 0]), agrees
+
+
+def tree_start(problem: PointmapProblem, similar: EdgeSimilarities) -> tuple[Scene, Bool]:
+    """The same along the spanning tree of most evidence: what to fall back to where averaging fails.
+
+    Args:
+        problem: a connected one.
+        similar: of its edges.
+    """
+    evidence = _weighted(problem, similar).weight
+    (tree,) = kinematic_trees(problem.pairs, evidence, problem.num_images, TreeKind.MAXIMUM, saturation=np.inf)
+    number = {(first, second): edge for edge, (first, second) in enumerate(problem.pairs.tolist())}
+    rotations, centres = np.tile(np.eye(3), (problem.num_images, 1, 1)), np.zeros((problem.num_images, 3))
+    log_scale = np.zeros(problem.num_images)
+    for parent, child in tree.edges.tolist():
+        edge = number[min(parent, child), max(parent, child)]
+        forward = 1.0 if parent < child else -1.0
+        turn = similar.rotation[edge]
+        rotations[child] = (turn if parent < child else turn.T) @ rotations[parent]
+        log_scale[child] = log_scale[parent] - forward * similar.log_scale[edge]
+        second = max(parent, child)
+        shift = rotations[second].T @ similar.translation[edge] * np.exp(log_scale[second])
+        centres[child] = centres[parent] - forward * shift
+    return _placed(problem, rotations, centres, log_scale), np.ones(len(problem.pairs), bool)
+
+
+def _weighted(problem: PointmapProblem, similar: EdgeSimilarities) -> EdgeSet:
+    return EdgeSet(
         num_images=problem.num_images,
         pairs=problem.pairs,
         rotation=similar.rotation,
         translation=similar.translation,
-        weight=np.maximum(evidence, 1e-6),
+        weight=np.maximum(np.diff(problem.start) * similar.support**2, 1e-6),
     )
-    trusted = edges.weight * trust_by_triangles(edges)
-    edges = EdgeSet(
-        num_images=edges.num_images,
-        pairs=edges.pairs,
-        rotation=edges.rotation,
-        translation=edges.translation,
-        weight=trusted,
-    )
-    rotations, turn = average_rotations(edges)
-    weight = np.where(turn < MAX_TURN, trusted, 1e-6 * trusted)
-    # World units per unit of a view: those of the second are fewer, the more of its units one of the first makes.
-    log_scale, miss = _average(edges, -similar.log_scale[:, None], weight, np.full(len(weight), ROBUST_LOG_SCALE))
-    log_scale = log_scale[:, 0] - log_scale.mean()
-    weight = np.where(miss < MAX_LOG_SCALE, weight, 1e-6 * weight)
+
+
+def _baselines(
+    problem: PointmapProblem, similar: EdgeSimilarities, rotations: Float64, log_scale: Float64
+) -> tuple[Float64, Float64]:
+    """Vectors [E, 3] from the first centre to the second in the world, and the depth [E] of what both see."""
     second = problem.pairs[:, 1]
-    unit = np.exp(log_scale[second])[:, None]
-    # x₂ = R₂₁ x₁ + t: the second centre is R₂ᵀ t behind the first, in the world's units.
-    vectors = -np.einsum("eji,ej->ei", rotations[second], similar.translation) * unit
-    depth = similar.depth * unit[:, 0]
-    centres, shift = _average(edges, vectors, weight, ROBUST_SHIFT * depth)
-    scene = unplaced(problem)
-    scene = Scene(
-        cam_from_world=make_pose(rotations, -(rotations @ centres[:, :, None])[:, :, 0]),
-        log_scale=log_scale,
-        log_depth=scene.log_depth,
-        focal_px=scene.focal_px,
-    )
-    return scene, (turn < MAX_TURN) & (miss < MAX_LOG_SCALE) & (shift < MAX_SHIFT * depth)
+    unit = np.exp(log_scale[second])
+    # x₂ = R₂₁ x₁ + t: the first centre is R₂ᵀ t before the second.
+    return -np.einsum("eji,ej->ei", rotations[second], similar.translation) * unit[:, None], similar.depth * unit
+
+
+def _placed(problem: PointmapProblem, rotations: Float64, centres: Float64, log_scale: Float64) -> Scene:
+    """The mean scale is 1."""
+    mean = float(log_scale.mean())
+    translation = -(rotations @ centres[:, :, None])[:, :, 0] * np.exp(-mean)
+    return replace(unplaced(problem), cam_from_world=make_pose(rotations, translation), log_scale=log_scale - mean)
 
 
 def _average(edges: EdgeSet, difference: Float64, weight: Float64, scale: Float64) -> tuple[Float64, Float64]:

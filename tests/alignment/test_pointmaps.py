@@ -13,7 +13,7 @@ from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors
 from mast3r_sfm.alignment.optimise import Stopping, minimise
 from mast3r_sfm.alignment.pointmaps import PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem
-from mast3r_sfm.alignment.start import average_start, edge_similarities
+from mast3r_sfm.alignment.start import average_start, edge_similarities, tree_start
 from mast3r_sfm.errors import DivergedError, ReconstructionError
 from mast3r_sfm.geometry.rigid import camera_centre, rotation_from_axis_angle
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
@@ -55,6 +55,19 @@ def test_known_focal_lengths_stay_and_make_it_better(scene: str) -> None:
     assert 0.01 < errors.rotation_deg < 0.2
     assert 0.005 < errors.position_percent < 0.3
     np.testing.assert_array_equal(result.scene.focal_px, problem.base_focal_px)
+
+
+@pytest.mark.parametrize("scene", VIEWS)
+def test_a_tree_leads_to_the_same_place(scene: str) -> None:
+    problem, views = _noisy(scene)
+    similar = edge_similarities(problem)
+    start = [measure(make(problem, similar)[0], problem, views) for make in (tree_start, average_start)]
+    assert start[1].rotation_deg < start[0].rotation_deg < 3.0
+    assert start[1].position_percent < start[0].position_percent < 10.0
+    scenes = [align_pointmaps(problem, PointmapOptions(from_tree=from_tree)).scene for from_tree in (True, False)]
+    ends = [measure(scene, problem, views) for scene in scenes]
+    assert ends[0].rotation_deg == pytest.approx(ends[1].rotation_deg, abs=0.02)
+    assert ends[0].position_percent == pytest.approx(ends[1].position_percent, abs=0.05)
 
 
 def test_without_noise_the_result_is_exact_but_for_whole_pixels() -> None:
