@@ -9,7 +9,8 @@ anchors an image.
 
 - 40 cameras and 300 edges, from the same start: the plain way takes 300 coarse and 300 fine steps of Adam (learning
   rates 0.07 and 0.014, cosine), each in Python loops over images and edges, on the same losses. Ours is timed until it
-  converges; its last loss must not be above that of the plain way. The ratios are times per step and of the whole.
+  converges; its last loss must not be above that of the plain way. The ratios are times per step and of the whole. A
+  step of ours is one of second order, of which a few do.
 - With 20 % of the edges replaced by nonsense: the errors of ours, to be compared with those without nonsense.
 - With --large, 1,000 cameras and 14,000 edges: minutes and peak memory, in place of the comparison.
 """
