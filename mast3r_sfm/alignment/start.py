@@ -20,6 +20,8 @@ from mast3r_sfm.types import Bool, Float64
 
 KERNELS = (1.0, 0.5, 0.25, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05)
 """Relative errors of 3D points at which a match loses half of its weight, step by step."""
+MIN_MATCHES = 6
+"""An edge with fewer fits any similarity, which then says nothing."""
 AGREES = 0.15
 """Relative error of a point up to which a match speaks for its edge's similarity."""
 MAX_TURN = np.radians(20.0)
@@ -81,8 +83,10 @@ def _fit(
     problem: PointmapProblem, batch: Batch, first: Float64, second: Float64
 ) -> tuple[Float64, Float64, Float64, Float64]:
     """Rotations [B, 3, 3], translations [B, 3], log scales [B] and supports [B] between points [B, K, 3]."""
-    trust = problem.weight[batch.rows] * batch.used
+    # An edge whose matches all have no weight is fitted all the same, to be given no support below.
+    trust = (problem.weight[batch.rows] + 1e-12) * batch.used
     weight = trust
+    few = batch.used.sum(axis=1) < MIN_MATCHES
     for kernel in (*KERNELS, AGREES):
         total = np.maximum(weight.sum(axis=1), 1e-300)[:, None]
         means = [(weight[..., None] * points).sum(axis=1) / total for points in (first, second)]
@@ -94,12 +98,13 @@ def _fit(
         rotation = left @ right
         # The symmetric scale: neither view is the one without errors, so that both orders give the same.
         scale = np.sqrt(np.maximum(spread[1], 1e-300) / np.maximum(spread[0], 1e-300))
+        scale = np.where(few, means[1][:, 2] / means[0][:, 2], scale)
         translation = means[1] - scale[:, None] * (rotation @ means[0][..., None])[..., 0]
         moved = scale[:, None, None] * (first @ rotation.transpose(0, 2, 1)) + translation[:, None]
         error = np.linalg.norm(moved - second, axis=-1) / np.maximum(second[..., 2], 1e-300)
         weight = trust / (1 + (error / kernel) ** 2)
     support = (trust * (error < AGREES)).sum(axis=1) / np.maximum(trust.sum(axis=1), 1e-300)
-    return rotation, translation, np.log(scale), support
+    return rotation, translation, np.log(scale), np.where(few | (trust.max(axis=1) < 1e-9), 0.0, support)
 
 
 def average_start(problem: PointmapProblem, similar: EdgeSimilarities) -> tuple[Scene, Bool]:

@@ -15,11 +15,17 @@ from mast3r_sfm.alignment.pointmaps import PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.start import average_start, edge_similarities, tree_start
 from mast3r_sfm.errors import DivergedError, ReconstructionError
-from mast3r_sfm.geometry.rigid import camera_centre, rotation_from_axis_angle
+from mast3r_sfm.geometry.rigid import (
+    angle_between_rotations,
+    camera_centre,
+    compose_poses,
+    invert_pose,
+    rotation_from_axis_angle,
+)
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View
 from tests.pointmaps import measure, oracle_problem, with_known_focal
-from tests.scenes import facade_views, room_views, rotation_views
+from tests.scenes import facade_views, room_views, rotation_views, second_from_first
 
 NOISE = {"pixel_px": 1.0, "depth_relative": 0.01, "log_scale": 0.3}
 VIEWS = {"facade": facade_views, "room": room_views}
@@ -121,6 +127,46 @@ def test_an_image_that_only_nonsense_holds_is_left_out() -> None:
     assert result.good_edges[last] == 0
     assert result.residual_px[last] == 0
     np.testing.assert_array_equal(result.kept, ~(problem.pairs == last).any(axis=1))
+
+
+@pytest.mark.parametrize("left", [0, 1, 5])
+def test_an_edge_that_says_next_to_nothing_is_dropped(left: int) -> None:
+    problem, views = _noisy("facade")
+    edge = problem.edge_of_match
+    if left:
+        few = (edge != 2) | (np.arange(len(edge)) < problem.start[2] + left)
+        counts = np.bincount(edge[few])
+        thin = replace(
+            problem,
+            start=np.concatenate([[0], np.cumsum(counts)]),
+            **{name: getattr(problem, name)[few] for name in ("pixels", "anchor", "offset", "weight")},
+        )
+    else:
+        thin = replace(problem, weight=np.where(edge == 2, 0.0, problem.weight))
+    result = align_pointmaps(thin, PointmapOptions())
+    np.testing.assert_array_equal(np.flatnonzero(~result.kept), [2])
+    assert 0.01 < measure(result.scene, problem, views).rotation_deg < 0.3
+
+
+def test_two_images_are_enough() -> None:
+    problem, views = _noisy("facade")
+    names, cells = sorted(views)[:2], len(problem.anchor_depth) // len(views)
+    two = replace(
+        problem.with_edges(np.arange(len(problem.pairs)) == 0),
+        base_focal_px=problem.base_focal_px[:2],
+        camera_of_image=np.arange(2, dtype=np.int32),
+        focal_is_known=np.zeros(2, bool),
+        image_of_anchor=problem.image_of_anchor[: 2 * cells],
+        anchor_depth=problem.anchor_depth[: 2 * cells],
+    )
+    result = align_pointmaps(two, PointmapOptions())
+    assert result.placed.all()
+    first, second = (result.scene.cam_from_world[image] for image in range(2))
+    truth = second_from_first(views[names[0]], views[names[1]])
+    found = compose_poses(second, invert_pose(first))
+    assert 0.01 < np.degrees(angle_between_rotations(found[:, :3], truth[:, :3])) < 0.5
+    baselines = [pose[:, 3] / np.linalg.norm(pose[:, 3]) for pose in (found, truth)]
+    assert np.linalg.norm(baselines[0] - baselines[1]) < 0.05
 
 
 def test_parts_that_share_no_pair_are_refused() -> None:
