@@ -142,7 +142,7 @@ def make_problem(world: World, pairs: Int64, rng: np.random.Generator, nonsense:
     return PointmapProblem(
         base_focal_px=focal,
         camera_of_image=np.arange(count, dtype=np.int32),
-        focal_is_known=np.zeros(count, bool),
+        known_focal_px=np.full(count, np.nan),
         image_of_anchor=np.repeat(np.arange(count), len(grid)),
         anchor_depth=depth.ravel(),
         pairs=pairs.astype(np.int32),

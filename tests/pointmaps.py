@@ -14,13 +14,14 @@ import torch
 
 from mast3r_sfm.alignment.canonical import CanonicalSums
 from mast3r_sfm.alignment.problem import EdgeMatches, PointmapProblem, Scene, make_problem
-from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
-from mast3r_sfm.geometry.similarity import align_similarity
+from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
+from mast3r_sfm.geometry.similarity import align_similarity, align_similarity_robust
+from mast3r_sfm.matching.putative import pair_points
 from mast3r_sfm.matching.reciprocal import match_predictions
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View
-from mast3r_sfm.types import Float64, Int64, PairPrediction
+from mast3r_sfm.types import Float64, Int64, PairMatches, PairPrediction, Verdict
 from tests.scenes import load
 
 CONFIDENT = 5.0
@@ -87,12 +88,44 @@ def oracle_problem(
     return make_problem([one.view(centre) for one in sums], np.tile(centre, (len(names), 1)), edges)
 
 
+def oracle_matches(views: Mapping[str, View], *, seed: int = 0, **noise: float) -> list[PairMatches]:
+    """The true matches of all pairs of views, with the oracle's noise and its points, as the match stage has them."""
+    names = sorted(views)
+    model = OracleModel(views, OracleNoise(**noise), seed)
+    encodings = model.encode(load(views))
+    width = views[names[0]].camera.width_px
+    rng = np.random.default_rng(seed)
+    matches = []
+    for first in range(len(names)):
+        for second in range(first + 1, len(names)):
+            pixels = _true_matches(views[names[first]], views[names[second]], rng, noise.get("pixel_px", 0.0))
+            if len(pixels) < LEAST_MATCHES:
+                continue
+            _, *orders = next(iter(model.predict([(encodings[first], encodings[second])])))
+            index = pixels[..., 1] * width + pixels[..., 0]
+            points = pair_points((orders[0], orders[1]))(index[:, 0], index[:, 1])
+            fit, _ = align_similarity_robust(points.first, points.second)
+            matches.append(
+                PairMatches(
+                    first=first,
+                    second=second,
+                    xy_first=pixels[:, 0] + 0.5,
+                    xy_second=pixels[:, 1] + 0.5,
+                    confidence=np.full(len(pixels), 10.0, np.float32),
+                    points_first=points.first,
+                    points_second=points.second,
+                    verdict=Verdict.GOOD,
+                    inlier_ratio=0.8,
+                    second_from_first=make_pose(fit.rotation, fit.translation / fit.scale),
+                )
+            )
+    return matches
+
+
 def with_known_focal(problem: PointmapProblem, views: Mapping[str, View]) -> PointmapProblem:
     """The same with the true focal lengths, which are not to be changed."""
     focal = np.array([views[name].K[0, 0] for name in sorted(views)])
-    # Offsets belong to the focal length of the canonical view, which the oracle gets right but for rounding.
-    np.testing.assert_allclose(problem.base_focal_px, focal, rtol=1e-3)
-    return replace(problem, base_focal_px=focal, focal_is_known=np.ones(len(focal), bool))
+    return replace(problem, known_focal_px=focal)
 
 
 def _true_matches(first: View, second: View, rng: np.random.Generator, noise_px: float) -> Int64:

@@ -76,7 +76,8 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
         loss = CoarseLoss(problem.with_edges(kept), kernel)
         scene, course = minimise(loss, scene, stopping)
         courses.append(course)
-        kept &= _agreement(problem, CoarseLoss(problem, kernel).residuals(scene), 3 * kernel) > options.min_agreement
+        # Of all edges: one that its own similarity spoke against may agree with the whole.
+        kept = _agreement(problem, CoarseLoss(problem, kernel).residuals(scene), 3 * kernel) > options.min_agreement
     coarse = scene
     for kernel, stopping in _schedule(options, options.fine_kernels_px):
         kept, placed = _largest(problem, kept)
@@ -84,7 +85,7 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
         scene, course = minimise(fine, scene, stopping)
         courses.append(course)
         errors = FineLoss(problem, kernel, options.priors, options.move_depths).residuals(scene)
-        kept &= _agreement(problem, errors.max(axis=1), 3 * kernel) > options.min_agreement
+        kept = _agreement(problem, errors.max(axis=1), 3 * kernel) > options.min_agreement
     kept, placed = _largest(problem, kept)
     return PointmapAlignment(
         scene=scene,

@@ -20,8 +20,8 @@ class PointmapProblem:
     """[N] focal length that the canonical view of each image implies; offsets of its pixels hold there."""
     camera_of_image: Int32
     """[N] images of one camera share a focal length."""
-    focal_is_known: Bool
-    """[C] cameras whose focal length is not to be changed."""
+    known_focal_px: Float64
+    """[C] focal length of a camera where it is known and not to be changed, NaN elsewhere."""
     image_of_anchor: Int64
     """[A]."""
     anchor_depth: Float64
@@ -68,7 +68,12 @@ class PointmapProblem:
     @property
     def num_cameras(self) -> int:
         """C."""
-        return len(self.focal_is_known)
+        return len(self.known_focal_px)
+
+    @property
+    def focal_is_known(self) -> Bool:
+        """[C]."""
+        return np.isfinite(self.known_focal_px)
 
     @property
     def edge_of_match(self) -> Int64:
@@ -161,7 +166,7 @@ def make_problem(
     centres: Float64,
     edges: Sequence[EdgeMatches],
     camera_of_image: Int32 | None = None,
-    focal_is_known: Bool | None = None,
+    known_focal_px: Float64 | None = None,
 ) -> PointmapProblem:
     """Put canonical views and matches together.
 
@@ -170,7 +175,7 @@ def make_problem(
         centres: [N, 2] principal points in pixels.
         edges: all with one match at least.
         camera_of_image: [N]; a camera each by default.
-        focal_is_known: [C]; none by default.
+        known_focal_px: [C], NaN where it is not known; none is by default.
     """
     cells = [view.anchor_depth.size for view in views]
     first_anchor = np.concatenate([[0], np.cumsum(cells)])
@@ -188,7 +193,7 @@ def make_problem(
     return PointmapProblem(
         base_focal_px=np.array([view.focal_px for view in views]),
         camera_of_image=cameras,
-        focal_is_known=np.zeros(int(cameras.max()) + 1, bool) if focal_is_known is None else focal_is_known,
+        known_focal_px=np.full(int(cameras.max()) + 1, np.nan) if known_focal_px is None else known_focal_px,
         image_of_anchor=np.repeat(np.arange(len(views)), cells),
         anchor_depth=np.concatenate([view.anchor_depth.ravel() for view in views]),
         pairs=np.array([(edge.first, edge.second) for edge in edges], np.int32).reshape(-1, 2),

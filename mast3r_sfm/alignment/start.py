@@ -68,14 +68,14 @@ def edge_similarities(problem: PointmapProblem) -> EdgeSimilarities:
 
 
 def unplaced(problem: PointmapProblem) -> Scene:
-    """All cameras at the origin, canonical scales, and the median focal length of each camera's images."""
+    """All cameras at the origin, canonical scales, known focal lengths or the median of those of a camera's images."""
     cameras = range(problem.num_cameras)
     focal = [float(np.median(problem.base_focal_px[problem.camera_of_image == camera])) for camera in cameras]
     return Scene(
         cam_from_world=np.tile(np.eye(3, 4), (problem.num_images, 1, 1)),
         log_scale=np.zeros(problem.num_images),
         log_depth=np.zeros(len(problem.anchor_depth)),
-        focal_px=np.array(focal),
+        focal_px=np.where(problem.focal_is_known, problem.known_focal_px, focal),
     )
 
 

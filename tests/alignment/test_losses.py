@@ -28,7 +28,7 @@ def _problem(shared: bool = True) -> PointmapProblem:
     return PointmapProblem(
         base_focal_px=rng.uniform(90, 110, IMAGES),
         camera_of_image=np.array([0, 1, 0, 2] if shared else range(IMAGES), np.int32),
-        focal_is_known=np.array([False, False, True] if shared else [False] * IMAGES),
+        known_focal_px=np.array([np.nan, np.nan, 100.0] if shared else [np.nan] * IMAGES),
         image_of_anchor=np.repeat(np.arange(IMAGES), CELLS),
         anchor_depth=rng.uniform(4, 6, IMAGES * CELLS),
         pairs=pairs,

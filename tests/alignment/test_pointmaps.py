@@ -60,7 +60,7 @@ def test_known_focal_lengths_stay_and_make_it_better(scene: str) -> None:
     # The pixels are those of a network of 128 px: a quarter of the number that the bar of 0.15 degrees is meant for.
     assert 0.01 < errors.rotation_deg < 0.2
     assert 0.005 < errors.position_percent < 0.3
-    np.testing.assert_array_equal(result.scene.focal_px, problem.base_focal_px)
+    np.testing.assert_array_equal(result.scene.focal_px, problem.known_focal_px)
 
 
 @pytest.mark.parametrize("scene", VIEWS)
@@ -130,7 +130,7 @@ def test_an_image_that_only_nonsense_holds_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("left", [0, 1, 5])
-def test_an_edge_that_says_next_to_nothing_is_dropped(left: int) -> None:
+def test_an_edge_that_says_next_to_nothing_changes_next_to_nothing(left: int) -> None:
     problem, views = _noisy("facade")
     edge = problem.edge_of_match
     if left:
@@ -144,7 +144,8 @@ def test_an_edge_that_says_next_to_nothing_is_dropped(left: int) -> None:
     else:
         thin = replace(problem, weight=np.where(edge == 2, 0.0, problem.weight))
     result = align_pointmaps(thin, PointmapOptions())
-    np.testing.assert_array_equal(np.flatnonzero(~result.kept), [2])
+    # Its few matches start nothing, but agree with the rest.
+    assert np.flatnonzero(~result.kept).tolist() == ([] if left else [2])
     assert 0.01 < measure(result.scene, problem, views).rotation_deg < 0.3
 
 
@@ -155,7 +156,7 @@ def test_two_images_are_enough() -> None:
         problem.with_edges(np.arange(len(problem.pairs)) == 0),
         base_focal_px=problem.base_focal_px[:2],
         camera_of_image=np.arange(2, dtype=np.int32),
-        focal_is_known=np.zeros(2, bool),
+        known_focal_px=np.full(2, np.nan),
         image_of_anchor=problem.image_of_anchor[: 2 * cells],
         anchor_depth=problem.anchor_depth[: 2 * cells],
     )

@@ -61,7 +61,7 @@ def _problem(
     return PointmapProblem(
         base_focal_px=golden["in/base_focals"],
         camera_of_image=cameras,
-        focal_is_known=np.zeros(1 if shared else IMAGES, bool),
+        known_focal_px=np.full(1 if shared else IMAGES, np.nan),
         image_of_anchor=np.repeat(np.arange(IMAGES), cells),
         anchor_depth=np.concatenate([golden[f"in/img{image}/core_depth"].ravel() for image in range(IMAGES)]),
         pairs=np.array(pairs, np.int32),
