@@ -171,7 +171,11 @@ class _Run:
             matches, rig = self._match(photos, graph, encodings, model, report)
         with self._stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
-            parts = align_stage.align(matches, len(photos), self.config.align)
+            scale = map_stage.photo_scale([encoding.transform.scale for encoding in encodings])
+            own_depth = isinstance(model, DenseModel)
+            pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale) if own_depth else None
+            parts = align_stage.align(matches, len(photos), self.config.align, pinholes)
+            rig = align_stage.with_focal_lengths(rig, parts)
             report.counts = {"parts": len(parts), "images": sum(len(part.images) for part in parts)}
         if not parts:
             raise ReconstructionError(why_nothing(matches))

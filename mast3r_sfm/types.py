@@ -362,9 +362,12 @@ class AlignmentResult:
     history: tuple[float, ...]
     """Value of the global loss after each iteration."""
     stop_reason: str
+    focal_px: Float64 = field(default_factory=lambda: np.zeros(0))
+    """[n] in photo pixels, as the model's own depths have it; [0] where these were not aligned."""
 
     def __post_init__(self) -> None:
         count = len(self.images)
+        _check(self.focal_px, (count if len(self.focal_px) else 0,), "AlignmentResult.focal_px")
         _check(self.images, (count,), "AlignmentResult.images")
         _check(self.edges, (None,), "AlignmentResult.edges")
         _check(self.cam_from_world, (count, 3, 4), "AlignmentResult.cam_from_world")

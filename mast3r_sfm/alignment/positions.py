@@ -45,12 +45,20 @@ def depth_ratios(matches: Sequence[PairMatches]) -> Ratios:
     for edge, match in enumerate(matches):
         incident.setdefault(match.first, []).append((edge, match.xy_first, match.points_first[:, 2]))
         incident.setdefault(match.second, []).append((edge, match.xy_second, match.points_second[:, 2]))
-    rows = [row for sides in incident.values() for row in _ratios_of_image(sides)]
+    rows = [row for sides in incident.values() for row in ratios_of_image(sides)]
     table = np.array(rows, np.float64).reshape(-1, 4)
     return Ratios(edges=table[:, :2].astype(np.int32), log_ratio=table[:, 2], weight=table[:, 3])
 
 
-def _ratios_of_image(sides: list[tuple[int, Float64, Float64]]) -> list[tuple[float, float, float, float]]:
+def ratios_of_image(sides: list[tuple[int, Float64, Float64]]) -> list[tuple[float, float, float, float]]:
+    """Compare the depths that edges give the same places of one image.
+
+    Args:
+        sides: edge, places [M, k] and depths [M], positive, of each.
+
+    Returns:
+        Rows of `Ratios`: edge, edge, logarithm of the ratio, weight.
+    """
     keypoint = np.unique(np.concatenate([xy for _, xy, _ in sides]), axis=0, return_inverse=True)[1].ravel()
     log_depth = np.full((len(sides), int(keypoint.max(initial=-1)) + 1), np.nan)
     start = 0

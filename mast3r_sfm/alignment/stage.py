@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mast3r_sfm.alignment.edges import components, make_edges, spanning_tree
+from mast3r_sfm.alignment.from_matches import problem_from_matches
+from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
+from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.rotations import average_rotations, trust_by_triangles
 from mast3r_sfm.config import AlignConfig
-from mast3r_sfm.geometry.rigid import make_pose
-from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches
+from mast3r_sfm.errors import ReconstructionError
+from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
+from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 BRIDGE_LEAD = 2.0
 """How many times the evidence of refuted pairs the only pair between two halves must have to be believed."""
 
 
-def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) -> list[AlignmentResult]:
+@dataclass(frozen=True, kw_only=True)
+class Pinholes:
+    """The cameras of a model that brings its own depth, with which its pointmaps are aligned."""
+
+    rig: Rig
+    """Focal lengths that are not known are found anew."""
+    pixel_scale: float
+    """Photo pixels per pixel of what the model saw."""
+
+
+def align(
+    matches: Sequence[PairMatches], num_images: int, config: AlignConfig, pinholes: Pinholes | None = None
+) -> list[AlignmentResult]:
     """Align the pairs of every connected part; largest part first.
 
     Parts are joined by pairs that carry a baseline. Pairs that contradict the whole are dropped, and the rest is
@@ -29,6 +45,7 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
         matches: all edges of the view graph, verified or not.
         num_images: how many images the indices run over.
         config: thresholds.
+        pinholes: given where the points of the matches are the model's own rather than triangulated from the matches.
     """
     usable = np.array([edge for edge, match in enumerate(matches) if match.verdict.has_depth], np.int32)
     waiting = [usable]
@@ -48,7 +65,9 @@ def align(matches: Sequence[PairMatches], num_images: int, config: AlignConfig) 
                 dropped += [matches[edge] for edge in inside[~kept]]
                 waiting.append(inside[kept])
             else:
-                results.append(replace(result, edges=inside))
+                if pinholes is not None:
+                    result = _align_pointmaps([matches[edge] for edge in inside], result, pinholes)
+                results.append(replace(result, edges=inside[result.edges]))
     return sorted(results, key=lambda result: (-len(result.images), int(result.images[0])))
 
 
@@ -76,6 +95,60 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
         history=history,
         stop_reason=f"positions settled after {len(history)} steps",
     )
+
+
+def _align_pointmaps(matches: list[PairMatches], averaged: AlignmentResult, pinholes: Pinholes) -> AlignmentResult:
+    """The part by its pointmaps, or as it was averaged where these do not hold it together."""
+    stated = problem_from_matches(matches, averaged.images, pinholes.rig, pinholes.pixel_scale)
+    if stated is None:
+        return averaged
+    problem, judged = stated
+    aligned = _hold_together(problem)
+    if aligned is None:
+        return averaged
+    kept = ~judged  # what could not be compared has not been refuted either
+    kept[judged] = aligned.kept
+    poses, pairs = aligned.scene.cam_from_world, make_edges(matches, averaged.images).pairs
+    rotation, first, second = poses[:, :, :3], pairs[:, 0], pairs[:, 1]
+    centres = camera_centre(poses)
+    baseline = float(np.linalg.norm(centres[second] - centres[first], axis=1)[kept].mean())
+    turned = rotation[second] @ rotation[first].transpose(0, 2, 1)
+    missed = angle_between_rotations(np.array([match.second_from_first[:, :3] for match in matches]), turned)
+    steps = sum(len(course.history) - 1 for course in aligned.courses)
+    return replace(
+        averaged,
+        edges=np.flatnonzero(kept).astype(np.int32),
+        cam_from_world=make_pose(rotation, poses[:, :, 3] / max(baseline, 1e-12)),
+        residual_deg=_median_per_image(pairs[kept], np.degrees(missed[kept]), problem.num_images),
+        history=aligned.courses[-1].history,
+        stop_reason=f"pointmaps settled after {steps} steps",
+        focal_px=pinholes.pixel_scale * aligned.scene.focal_px[problem.camera_of_image],
+    )
+
+
+def _hold_together(problem: PointmapProblem) -> PointmapAlignment | None:
+    """All images aligned, from averages or, where these mislead, along a tree; None where neither holds them all."""
+    for from_tree in (False, True):
+        try:
+            aligned = align_pointmaps(problem, PointmapOptions(from_tree=from_tree))
+        except ReconstructionError:
+            continue
+        if aligned.placed.all():
+            return aligned
+    return None
+
+
+def with_focal_lengths(rig: Rig, parts: Sequence[AlignmentResult]) -> Rig:
+    """The cameras with the focal lengths that the largest parts found, where they were not known."""
+    cameras = list(rig.cameras)
+    for part in reversed(parts):
+        for image, focal in zip(part.images, part.focal_px, strict=False):
+            number = int(rig.camera_of_image[image])
+            if not cameras[number].focal_is_known:
+                params = cameras[number].params.copy()
+                params[0] = focal
+                cameras[number] = replace(cameras[number], params=params)
+    return replace(rig, cameras=tuple(cameras))
 
 
 def _doubtful_bridges(matches: list[PairMatches], images: Int32, dropped: list[PairMatches]) -> Bool:
