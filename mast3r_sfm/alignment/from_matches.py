@@ -20,6 +20,9 @@ from mast3r_sfm.types import Bool, Float64, Int32, Int64, PairMatches, Rig
 
 MAX_MATCHES = 2000
 """Of a pair, evenly picked: more make it slower rather than better."""
+MAX_TOTAL = 4_000_000
+"""Of a part, so that it stays below 6 GB; a pair gets FEW_MATCHES at least."""
+FEW_MATCHES = 100
 _NEAREST = 1e-9
 
 
@@ -37,7 +40,8 @@ def problem_from_matches(
         rig: cameras in photo pixels; focal lengths that are not known are not looked at.
         pixel_scale: photo pixels per pixel of what the model saw, in which the problem is stated.
     """
-    counts = np.array([min(len(match), MAX_MATCHES) for match in matches])
+    most = min(MAX_MATCHES, max(FEW_MATCHES, MAX_TOTAL // max(len(matches), 1)))
+    counts = np.array([min(len(match), most) for match in matches])
     image = np.searchsorted(images, [(match.first, match.second) for match in matches]).reshape(-1, 2)
     said = _collect(matches, image, counts, pixel_scale)
     scales, group = average_scales(_ratios(said), len(matches))

@@ -81,6 +81,16 @@ def test_pointmaps_align_better_than_averages_and_find_the_focal_length(scene: s
     assert 0.0 < aligned.residual_deg.max() < 5.0
 
 
+def test_many_pairs_get_fewer_matches_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    matches, views = _noisy("facade")
+    images, rig = np.arange(len(views), dtype=np.int32), _pinholes(views).rig
+    for total, expected in ((300 * len(matches), 300), (10, 100)):
+        monkeypatch.setattr("mast3r_sfm.alignment.from_matches.MAX_TOTAL", total)
+        stated = problem_from_matches(matches, images, rig, 1.0)
+        assert stated is not None
+        assert np.diff(stated[0].start).tolist() == [min(len(match), expected) for match in matches]
+
+
 def test_a_known_focal_length_stays() -> None:
     matches, views = _noisy("facade")
     pinholes = _pinholes(views, known=True)
