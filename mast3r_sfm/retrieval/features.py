@@ -61,16 +61,14 @@ def learn_vocabulary(
 
 def describe_images(
     encodings: Sequence[Encoding], vocabulary: Vocabulary, progress: Progress
-) -> tuple[BinaryFeatures, BinaryFeatures]:
-    """Second look at the images: what each is as an image of the database, and as a query."""
+) -> Iterator[tuple[BinaryFeatures, BinaryFeatures]]:
+    """Second look at the images, a few at a time: what each is as an image of the database, and as a query."""
     codebook = vocabulary.codebook
-    database, query = [], []
     for tokens, image, images in _runs(encodings, vocabulary.count, progress):
         white = vocabulary.whitening.apply(tokens)
         words = codebook.nearest(white, QUERY_WORDS)
-        database.append(describe(white, image, words[:, :DATABASE_WORDS], codebook.centroids, images))
-        query.append(describe(white, image, words, codebook.centroids, images))
-    return BinaryFeatures.concatenate(database), BinaryFeatures.concatenate(query)
+        database = describe(white, image, words[:, :DATABASE_WORDS], codebook.centroids, images)
+        yield database, describe(white, image, words, codebook.centroids, images)
 
 
 def strongest_tokens(encoding: Encoding, count: int) -> NDArray[np.int64]:

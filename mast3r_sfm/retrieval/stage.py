@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.retrieval.graph import view_graph
-from mast3r_sfm.retrieval.similarity import measure_similarity
-from mast3r_sfm.types import Encoding, Float32, Reason, ViewGraph
+from mast3r_sfm.retrieval.similarity import Similarity, measure_similarity
+from mast3r_sfm.types import Encoding, Reason, ViewGraph
 
 
 def build_view_graph(
-    encodings: Sequence[Encoding], config: PairsConfig, *, model_tokens: int, seed: int, progress: Progress
-) -> tuple[ViewGraph, Float32]:
+    encodings: Sequence[Encoding],
+    config: PairsConfig,
+    *,
+    model_tokens: int,
+    seed: int,
+    progress: Progress,
+    threads: int = 1,
+) -> tuple[ViewGraph, Similarity]:
     """Decide which pairs of images are to be matched.
 
     Also a collection small enough to be matched exhaustively gets its similarity from ASMK: its codebook is small, so
@@ -25,16 +31,18 @@ def build_view_graph(
         model_tokens: tokens of highest attention that suit the model, used where the config leaves it open.
         seed: of the tokens that the codebook is learnt from, and of its first centroids.
         progress: told of two steps per image, and of what was decided.
+        threads: that score images side by side; the result does not depend on their number.
 
     Returns:
-        The graph and the symmetric similarity [N, N] in [0, 1] with ones on the diagonal. An image without tokens is
-        similar to nothing.
+        The graph and the symmetric similarity. An image without tokens is similar to nothing but itself.
 
     Raises:
         ShapeError: the encodings differ in their number of channels.
     """
     with steps(progress, "pairs", 2 * len(encodings), "image"):
-        similarity = measure_similarity(encodings, config, model_tokens=model_tokens, seed=seed, progress=progress)
+        similarity = measure_similarity(
+            encodings, config, model_tokens=model_tokens, seed=seed, progress=progress, threads=threads
+        )
         graph = view_graph(similarity, config)
         progress.note(_summary(graph, config))
     return graph, similarity

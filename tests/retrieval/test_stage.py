@@ -14,9 +14,9 @@ import pytest
 
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.progress import SilentProgress
+from mast3r_sfm.progress import Progress, SilentProgress
 from mast3r_sfm.retrieval import build_view_graph, features
-from mast3r_sfm.types import Encoding, PixelTransform, Reason
+from mast3r_sfm.types import Encoding, Float32, PixelTransform, Reason, ViewGraph
 
 CHANNELS = 24
 SMALL = PairsConfig(keyframes=4, neighbours=3)
@@ -72,6 +72,13 @@ class _Lazy(Sequence[Encoding]):
         return self._items[index]
 
 
+def _build(
+    photos: Sequence[Encoding], config: PairsConfig, *, model_tokens: int, seed: int, progress: Progress
+) -> tuple[ViewGraph, Float32]:
+    graph, similarity = build_view_graph(photos, config, model_tokens=model_tokens, seed=seed, progress=progress)
+    return graph, similarity.rows(np.arange(len(photos)))
+
+
 def _encoding(tokens: np.ndarray, attention: np.ndarray | None = None) -> Encoding:
     return Encoding(
         tokens=tokens.astype(np.float16),
@@ -99,7 +106,7 @@ def _places(photos_of_place: list[int], tokens: int = 200, seed: int = 0) -> lis
 def test_photos_of_one_place_find_each_other() -> None:
     log = _Log()
     photos = _Lazy(_places(PHOTOS))
-    graph, similarity = build_view_graph(photos, SMALL, model_tokens=150, seed=0, progress=log)
+    graph, similarity = _build(photos, SMALL, model_tokens=150, seed=0, progress=log)
     assert similarity.shape == (26, 26)
     assert similarity.dtype == np.float32
     np.testing.assert_array_equal(similarity, similarity.T)
@@ -121,8 +128,7 @@ def test_photos_of_one_place_find_each_other() -> None:
 
 def test_the_same_input_gives_the_same_result() -> None:
     first, again, other = (
-        build_view_graph(_places(PHOTOS), SMALL, model_tokens=150, seed=seed, progress=SilentProgress())
-        for seed in (5, 5, 6)
+        _build(_places(PHOTOS), SMALL, model_tokens=150, seed=seed, progress=SilentProgress()) for seed in (5, 5, 6)
     )
     np.testing.assert_array_equal(first[1], again[1])
     np.testing.assert_array_equal(first[0].pairs, again[0].pairs)
@@ -131,7 +137,7 @@ def test_the_same_input_gives_the_same_result() -> None:
 
 def test_the_number_of_threads_does_not_matter() -> None:
     script = """
-import hashlib, numpy as np
+import hashlib, sys, numpy as np
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.progress import SilentProgress
 from mast3r_sfm.retrieval import build_view_graph
@@ -148,12 +154,14 @@ photos = [
     )
     for _ in range(20)
 ]
-similarity = build_view_graph(photos, PairsConfig(), model_tokens=1000, seed=0, progress=SilentProgress())[1]
-print(hashlib.sha256(similarity.tobytes()).hexdigest())
+similarity = build_view_graph(
+    photos, PairsConfig(), model_tokens=1000, seed=0, progress=SilentProgress(), threads=int(sys.argv[1])
+)[1]
+print(hashlib.sha256(similarity.rows(np.arange(20)).tobytes()).hexdigest())
 """
     results = {
         subprocess.run(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", script, threads],
             env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
             capture_output=True,
             text=True,
@@ -167,9 +175,9 @@ print(hashlib.sha256(similarity.tobytes()).hexdigest())
 def test_many_runs_of_images_give_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     photos = _places(PHOTOS)
     config = PairsConfig(keyframes=4, neighbours=3, codebook_words=256)
-    whole = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
+    whole = _build(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
     monkeypatch.setattr(features, "_VALUES_AT_ONCE", 1)
-    single = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
+    single = _build(photos, config, model_tokens=150, seed=0, progress=SilentProgress())[1]
     # Another sample trains the words; what is alike stays alike.
     same = PLACE[:, None] == PLACE
     assert single[same].min() > 2 * single[~same].max()
@@ -185,7 +193,7 @@ def test_only_the_strongest_tokens_count() -> None:
     ]
     config = PairsConfig(keyframes=4, neighbours=3, tokens_per_image=100)
     clean, same = (
-        build_view_graph(encodings, config, model_tokens=999, seed=0, progress=SilentProgress())[1]
+        _build(encodings, config, model_tokens=999, seed=0, progress=SilentProgress())[1]
         for encodings in (photos, disturbed)
     )
     np.testing.assert_array_equal(clean, same)
@@ -193,7 +201,7 @@ def test_only_the_strongest_tokens_count() -> None:
 
 def test_small_collections_are_matched_exhaustively_with_true_scores() -> None:
     log = _Log()
-    graph, similarity = build_view_graph(_places([3, 2]), PairsConfig(), model_tokens=150, seed=0, progress=log)
+    graph, similarity = _build(_places([3, 2]), PairsConfig(), model_tokens=150, seed=0, progress=log)
     assert len(graph.pairs) == 10
     assert set(graph.reason.tolist()) == {Reason.EXHAUSTIVE}
     np.testing.assert_allclose(graph.score, similarity[tuple(graph.pairs.T)])
@@ -206,9 +214,7 @@ def test_small_collections_are_matched_exhaustively_with_true_scores() -> None:
 def test_photos_that_show_nothing_still_get_a_connected_graph(tokens: int) -> None:
     log = _Log()
     photos = [_encoding(np.ones((tokens, 8))) for _ in range(12)]
-    graph, similarity = build_view_graph(
-        photos, PairsConfig(keyframes=2, neighbours=1), model_tokens=5, seed=0, progress=log
-    )
+    graph, similarity = _build(photos, PairsConfig(keyframes=2, neighbours=1), model_tokens=5, seed=0, progress=log)
     np.testing.assert_array_equal(similarity, np.eye(12))
     assert len(graph.pairs) == 11
     assert len(log.warnings) == 1
@@ -219,7 +225,7 @@ def test_one_photo_without_tokens_is_similar_to_nothing() -> None:
     photos = _places([4, 4])
     photos[2] = _encoding(np.zeros((0, photos[0].tokens.shape[1])))
     config = PairsConfig(keyframes=2, neighbours=1)
-    graph, similarity = build_view_graph(photos, config, model_tokens=150, seed=0, progress=SilentProgress())
+    graph, similarity = _build(photos, config, model_tokens=150, seed=0, progress=SilentProgress())
     assert similarity[2].sum() == 1
     assert 2 in graph.pairs
     assert np.delete(np.delete(similarity, 2, 0), 2, 1).min() >= 0
@@ -227,9 +233,7 @@ def test_one_photo_without_tokens_is_similar_to_nothing() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_tiny_collections(count: int) -> None:
-    graph, similarity = build_view_graph(
-        _places([count]), PairsConfig(), model_tokens=100, seed=0, progress=SilentProgress()
-    )
+    graph, similarity = _build(_places([count]), PairsConfig(), model_tokens=100, seed=0, progress=SilentProgress())
     assert similarity.shape == (count, count)
     assert graph.num_images == count
     assert len(graph.pairs) == count * (count - 1) // 2
@@ -237,11 +241,11 @@ def test_tiny_collections(count: int) -> None:
 
 def test_more_words_than_tokens_is_no_error() -> None:
     config = PairsConfig(codebook_words=100_000)
-    similarity = build_view_graph(_places([3, 3]), config, model_tokens=50, seed=0, progress=SilentProgress())[1]
+    similarity = _build(_places([3, 3]), config, model_tokens=50, seed=0, progress=SilentProgress())[1]
     assert np.isfinite(similarity).all()
 
 
 def test_mixed_models_are_refused() -> None:
     photos = [*_places([2]), _encoding(np.ones((4, 9)))]
     with pytest.raises(ShapeError, match="image 2 has tokens of 9 channels"):
-        build_view_graph(photos, PairsConfig(), model_tokens=100, seed=0, progress=SilentProgress())
+        _build(photos, PairsConfig(), model_tokens=100, seed=0, progress=SilentProgress())

@@ -1,0 +1,191 @@
+"""An inverted file of binary codes: who sees a word, and how much that agrees with what others see in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from mast3r_sfm.errors import ShapeError
+from mast3r_sfm.types import Float64, Int32, Int64
+
+Codes = NDArray[np.unsignedinteger[Any]]
+
+# Code pairs compared at once: the working set stays within the processor's cache.
+_PAIRS_AT_ONCE = 1 << 15
+# Sums of weights on this grid are exact in float64 up to four million words, and so the same in any order: neither
+# blocks nor threads change a bit of a score. It is a thousandth of what a score is rounded to in float32.
+_GRID = 2.0**-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """The words and codes of some images."""
+
+    num_images: int
+    image: Int64
+    """[E] from 0 to num_images − 1, in the order in which the images were asked for."""
+    word: Int32
+    """[E]."""
+    code: Codes
+    """[W, E]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Postings:
+    """One code per image and word that it sees, sorted by word, then image."""
+
+    start: Int64
+    """[K + 1] where the list of each word begins and the last one ends."""
+    image: Int32
+    """[E]."""
+    code: Codes
+    """[W, E] 32 or 64 bits of each code in a row of their own, so that the codes of a list lie side by side."""
+    first: Int64
+    """[N + 1] where the entries of each image begin in the two arrays below."""
+    word: Int32
+    """[E] sorted by image, then word."""
+    place: Int32
+    """[E] where the code of this entry stands in the lists."""
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.first) - 1
+
+    @property
+    def bits(self) -> int:
+        """Length of the codes, padding included."""
+        return len(self.code) * self.code.dtype.itemsize * 8
+
+    def entries_per_image(self) -> Int64:
+        """[N]."""
+        return np.diff(self.first)
+
+    def entries(self, images: NDArray[np.integer[Any]]) -> Entries:
+        """What some images see."""
+        count = self.first[images + 1] - self.first[images]
+        row = np.repeat(np.arange(len(images)), count)
+        entry = np.arange(len(row)) + (self.first[images] - np.cumsum(count) + count)[row]
+        return Entries(num_images=len(images), image=row, word=self.word[entry], code=self.code[:, self.place[entry]])
+
+
+class PostingsBuilder:
+    """Takes in the entries of image after image and sorts them by word, in little more than their own memory."""
+
+    def __init__(self, *, num_words: int, capacity: int) -> None:
+        """For at most `capacity` entries; memory is taken as they come."""
+        self._num_words = num_words
+        self._capacity = capacity
+        self._filled = 0
+        self._word = np.empty(capacity, np.int32)
+        self._code: Codes = np.empty((0, 0), np.uint64)
+        self._counts: list[Int64] = []
+
+    def add(self, num_images: int, image: Int32, word: Int32, code: NDArray[np.uint32]) -> None:
+        """The next images: [E] image from 0 to num_images − 1 and [E] word, sorted by both, [E, 32-bit words] codes.
+
+        Raises:
+            ShapeError: the length of the codes changes, or there are more entries than were announced.
+        """
+        packed = _widest(code)
+        if not self._counts:
+            self._code = np.empty((packed.shape[1], self._capacity), packed.dtype)
+        end = self._filled + len(word)
+        if end > self._capacity:
+            raise ShapeError(f"{end} entries for an inverted file of at most {self._capacity}")
+        if packed.shape[1] != len(self._code) or packed.dtype != self._code.dtype:
+            raise ShapeError(
+                f"codes of {32 * code.shape[1]} bits after codes of {len(self._code) * self._code.itemsize * 8}"
+            )
+        self._word[self._filled : end] = word
+        self._code[:, self._filled : end] = packed.T
+        self._counts.append(np.bincount(image, minlength=num_images))
+        self._filled = end
+
+    def build(self) -> Postings:
+        """The inverted file; the builder is of no use after it."""
+        word = self._word[: self._filled].copy()
+        first = np.concatenate([np.zeros(1, np.int64), *self._counts]).cumsum()
+        order = np.argsort(word, kind="stable")
+        place = np.empty(len(order), np.int32)
+        place[order] = np.arange(len(order), dtype=np.int32)
+        code = self._code[:, : self._filled]
+        for plane in code:
+            plane[:] = plane[order]
+        image = np.repeat(np.arange(len(first) - 1, dtype=np.int32), np.diff(first))[order]
+        start = np.concatenate([[0], np.bincount(word, minlength=self._num_words).cumsum()])
+        return Postings(start=start, image=image, code=code, first=first, word=word, place=place)
+
+
+def weight_of_distance(bits: int, alpha: float) -> Float64:
+    """[bits + 1] what a pair of codes counts by the number of bits in which they differ, rounded to a fine grid."""
+    similarity = np.maximum(1 - 2 * np.arange(bits + 1) / max(bits, 1), 0)
+    weight: Float64 = np.rint(np.where(similarity > 0, similarity**alpha, 0.0) / _GRID) * _GRID
+    return weight
+
+
+def overlap(entries: Entries, postings: Postings, weight: Float64, stop: Int64, columns: int) -> Float64:
+    """Sum of the weights of all pairs of codes, one of some images and one of a list, that share a word.
+
+    Lists of equal length are compared at once, in runs that stay in the cache.
+
+    Args:
+        entries: of R images.
+        postings: N images.
+        weight: of each Hamming distance.
+        stop: [K] where the part of each list ends that is looked at.
+        columns: no image beyond this number stands before `stop` in any list.
+
+    Returns:
+        [R, columns]; exact, so the same in whatever parts it is computed.
+    """
+    result = np.zeros((entries.num_images, columns))
+    cells = result.reshape(-1)
+    begin = postings.start[entries.word]
+    length = stop[entries.word] - begin
+    offset = entries.image * columns
+    for size, chosen in _runs(length):
+        at = begin[chosen]
+        differ = _distances(postings.code, at, size, entries.code[:, chosen])
+        cell = _lists(postings.image, size)[at] + offset[chosen][:, None]
+        np.add.at(cells, cell.ravel(), weight[differ.ravel()])
+    return result
+
+
+def _distances(planes: Codes, at: Int64, size: int, codes: Codes) -> NDArray[np.unsignedinteger[Any]]:
+    """[n, size] Hamming distances of codes [W, n] to the lists [at, at + size) of planes [W, E]."""
+    total: NDArray[np.unsignedinteger[Any]] = np.zeros((len(at), size), np.uint8 if len(planes) == 1 else np.uint16)
+    for plane, code in zip(planes, codes, strict=True):
+        lists = _lists(plane, size)[at]
+        np.bitwise_xor(lists, code[:, None], out=lists)
+        total += np.bitwise_count(lists)
+    return total
+
+
+def _runs(length: Int64) -> Iterator[tuple[int, Int64]]:
+    """The positive lengths that occur, each with at most `_PAIRS_AT_ONCE` / length of the entries that have it."""
+    order = np.argsort(length, kind="stable")
+    begin = 0
+    for size, many in zip(*(part.tolist() for part in np.unique(length, return_counts=True)), strict=True):
+        chosen = order[begin : begin + many]
+        begin += many
+        step = max(_PAIRS_AT_ONCE // max(size, 1), 1)
+        for low in range(0, many if size else 0, step):
+            yield size, chosen[low : low + step]
+
+
+def _lists(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """[len − size + 1, size] view: row i holds values[i : i + size]. numpy's own is slow to make."""
+    (stride,) = values.strides
+    return as_strided(values, (len(values) - size + 1, size), (stride, stride), writeable=False)
+
+
+def _widest(code: NDArray[np.uint32]) -> Codes:
+    # Half as many operations on 64 bits at once, where the width allows it.
+    code = np.ascontiguousarray(code)
+    return code.view(np.uint64) if code.shape[1] and code.shape[1] % 2 == 0 else code
