@@ -97,7 +97,8 @@ class DenseSimilarity:
     def scores(self, pairs: Images) -> Float32:
         """As in `Similarity`."""
         first, second = pairs.T
-        return (self.values[first, second] + self.values[second, first]) / np.float32(2)
+        scores: Float32 = (self.values[first, second] + self.values[second, first]) / np.float32(2)
+        return scores
 
     def totals(self) -> Float64:
         """As in `Similarity`."""
