@@ -5,7 +5,7 @@
 Plain ASMK walks in Python over the query images and the words of each, and compares codes in numpy, list by list. 200
 images of 300 features in 8,192 words, of 64 and of 1,024 dimensions, must get the same scores to 1e-6.
 
-The whole stage, from features to graph, then runs for each number of `--images` in a process of its own, whose memory is
+The whole stage, from features to graph, runs for each number of `--images` in a process of its own, whose memory is
 the kernel's count. With 64 dimensions, 10,000 images take minutes. Making up the features is not counted.
 
 Places have 20 images each. An image sees 200 of the 400 features of its place, with noise, and 100 that no other has.
@@ -241,7 +241,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when numpy and faiss are loaded, so too late now. Threads that spin while they wait, as they do otherwise,
+        # Read when faiss is loaded, so too late now. Threads that spin while they wait, as they do otherwise,
         # take the processor from the scoring threads, and from other processes.
         threads = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv else "2"
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}

@@ -89,12 +89,12 @@ def main() -> None:
     settings = PairsConfig(tokens_per_image=options.tokens, codebook_words=options.words)
     begin = time.perf_counter()
     graph, similarity = build_view_graph(
-        encodings, settings, model_tokens=model_tokens, seed=0, progress=SilentProgress()
+        encodings, settings, model_tokens=model_tokens, seed=0, progress=SilentProgress(), threads=options.threads
     )
     seconds = time.perf_counter() - begin
 
     places = np.array(place_list)
-    good, looked_at = same_place_counts(similarity, places)
+    good, looked_at = same_place_counts(similarity.rows(np.arange(len(places))), places)
     parts = parts_of_places(graph, places)
     print(f"{'place':28} photos  same  parts")
     for place, photos in sorted(Counter(place_list).items()):
