@@ -99,7 +99,7 @@ def score(query: BinaryFeatures, database: BinaryFeatures, *, alpha: float = ALP
 
 def invert(features: BinaryFeatures, num_words: int) -> Postings:
     """The inverted file of all images of `features`."""
-    builder = PostingsBuilder(num_words=num_words, capacity=len(features.word))
+    builder = PostingsBuilder(num_words)
     builder.add(features.num_images, features.image, features.word, features.code)
     return builder.build()
 

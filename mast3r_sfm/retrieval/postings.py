@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ _PAIRS_AT_ONCE = 1 << 15
 # Sums of weights on this grid are exact in float64 up to four million words, and so the same in any order: neither
 # blocks nor threads change a bit of a score. It is a thousandth of what a score is rounded to in float32.
 _GRID = 2.0**-30
+# How much room is made when there is none left.
+_GROWTH = 1.125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,8 @@ class Entries:
     """[E] from 0 to num_images − 1, in the order in which the images were asked for."""
     word: Int32
     """[E]."""
-    code: Codes
-    """[W, E]."""
+    code: tuple[Codes, ...]
+    """W planes [E]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class Postings:
     """[K + 1] where the list of each word begins and the last one ends."""
     image: Int32
     """[E]."""
-    code: Codes
-    """[W, E] 32 or 64 bits of each code in a row of their own, so that the codes of a list lie side by side."""
+    code: tuple[Codes, ...]
+    """W planes [E] of 32 or 64 bits of each code: the planes of a list lie side by side."""
     first: Int64
     """[N + 1] where the entries of each image begin in the two arrays below."""
     word: Int32
@@ -59,7 +61,7 @@ class Postings:
     @property
     def bits(self) -> int:
         """Length of the codes, padding included."""
-        return len(self.code) * self.code.dtype.itemsize * 8
+        return _bits(self.code)
 
     def entries_per_image(self) -> Int64:
         """[N]."""
@@ -70,55 +72,60 @@ class Postings:
         count = self.first[images + 1] - self.first[images]
         row = np.repeat(np.arange(len(images)), count)
         entry = np.arange(len(row)) + (self.first[images] - np.cumsum(count) + count)[row]
-        return Entries(num_images=len(images), image=row, word=self.word[entry], code=self.code[:, self.place[entry]])
+        place = self.place[entry]
+        code = tuple(plane[place] for plane in self.code)
+        return Entries(num_images=len(images), image=row, word=self.word[entry], code=code)
 
 
 class PostingsBuilder:
     """Takes in the entries of image after image and sorts them by word, in little more than their own memory."""
 
-    def __init__(self, *, num_words: int, capacity: int) -> None:
-        """For at most `capacity` entries; memory is taken as they come."""
+    def __init__(self, num_words: int) -> None:
+        """For words from 0 to `num_words` − 1."""
         self._num_words = num_words
-        self._capacity = capacity
         self._filled = 0
-        self._word = np.empty(capacity, np.int32)
-        self._code: Codes = np.empty((0, 0), np.uint64)
-        self._counts: list[Int64] = []
+        self._word = np.empty(0, np.int32)
+        self._planes: tuple[Codes, ...] | None = None
+        self._counts = [np.zeros(1, np.int64)]
 
     def add(self, num_images: int, image: Int32, word: Int32, code: NDArray[np.uint32]) -> None:
         """The next images: [E] image from 0 to num_images − 1 and [E] word, sorted by both, [E, 32-bit words] codes.
 
         Raises:
-            ShapeError: the length of the codes changes, or there are more entries than were announced.
+            ShapeError: the length of the codes changes.
         """
         packed = _widest(code)
-        if not self._counts:
-            self._code = np.empty((packed.shape[1], self._capacity), packed.dtype)
-        end = self._filled + len(word)
-        if end > self._capacity:
-            raise ShapeError(f"{end} entries for an inverted file of at most {self._capacity}")
-        if packed.shape[1] != len(self._code) or packed.dtype != self._code.dtype:
-            raise ShapeError(
-                f"codes of {32 * code.shape[1]} bits after codes of {len(self._code) * self._code.itemsize * 8}"
-            )
-        self._word[self._filled : end] = word
-        self._code[:, self._filled : end] = packed.T
+        if self._planes is None:
+            self._planes = tuple(np.empty(0, packed.dtype) for _ in range(packed.shape[1]))
+        before, now = _bits(self._planes), 32 * code.shape[1]
+        if before != now:
+            raise ShapeError(f"codes of {now} bits after codes of {before}")
+        first, self._filled = self._filled, self._filled + len(word)
+        if self._filled > len(self._word):
+            self._resize(int(_GROWTH * self._filled))
+        self._word[first : self._filled] = word
+        for plane, part in zip(self._planes, packed.T, strict=True):
+            plane[first : self._filled] = part
         self._counts.append(np.bincount(image, minlength=num_images))
-        self._filled = end
 
     def build(self) -> Postings:
         """The inverted file; the builder is of no use after it."""
-        word = self._word[: self._filled].copy()
-        first = np.concatenate([np.zeros(1, np.int64), *self._counts]).cumsum()
-        order = np.argsort(word, kind="stable")
+        self._resize(self._filled)
+        first = np.concatenate(self._counts).cumsum()
+        order = np.argsort(self._word, kind="stable")
         place = np.empty(len(order), np.int32)
         place[order] = np.arange(len(order), dtype=np.int32)
-        code = self._code[:, : self._filled]
+        code = self._planes or ()
         for plane in code:
             plane[:] = plane[order]
         image = np.repeat(np.arange(len(first) - 1, dtype=np.int32), np.diff(first))[order]
-        start = np.concatenate([[0], np.bincount(word, minlength=self._num_words).cumsum()])
-        return Postings(start=start, image=image, code=code, first=first, word=word, place=place)
+        start = np.concatenate([[0], np.bincount(self._word, minlength=self._num_words).cumsum()])
+        return Postings(start=start, image=image, code=code, first=first, word=self._word, place=place)
+
+    def _resize(self, size: int) -> None:
+        # In place: the codes of a large collection are gigabytes, which are not to be there twice.
+        for array in (self._word, *(self._planes or ())):
+            array.resize(size, refcheck=False)
 
 
 def weight_of_distance(bits: int, alpha: float) -> Float64:
@@ -150,14 +157,16 @@ def overlap(entries: Entries, postings: Postings, weight: Float64, stop: Int64, 
     offset = entries.image * columns
     for size, chosen in _runs(length):
         at = begin[chosen]
-        differ = _distances(postings.code, at, size, entries.code[:, chosen])
+        differ = _distances(postings.code, at, size, [plane[chosen] for plane in entries.code])
         cell = _lists(postings.image, size)[at] + offset[chosen][:, None]
         np.add.at(cells, cell.ravel(), weight[differ.ravel()])
     return result
 
 
-def _distances(planes: Codes, at: Int64, size: int, codes: Codes) -> NDArray[np.unsignedinteger[Any]]:
-    """[n, size] Hamming distances of codes [W, n] to the lists [at, at + size) of planes [W, E]."""
+def _distances(
+    planes: Sequence[Codes], at: Int64, size: int, codes: Sequence[Codes]
+) -> NDArray[np.unsignedinteger[Any]]:
+    """[n, size] Hamming distances of codes (W planes [n]) to the lists [at, at + size) of W planes [E]."""
     total: NDArray[np.unsignedinteger[Any]] = np.zeros((len(at), size), np.uint8 if len(planes) == 1 else np.uint16)
     for plane, code in zip(planes, codes, strict=True):
         lists = _lists(plane, size)[at]
@@ -182,6 +191,10 @@ def _lists(values: NDArray[Any], size: int) -> NDArray[Any]:
     """[len − size + 1, size] view: row i holds values[i : i + size]. What numpy has for it takes ten times as long."""
     (stride,) = values.strides
     return np.ndarray((len(values) - size + 1, size), values.dtype, values.data, strides=(stride, stride))
+
+
+def _bits(planes: Sequence[Codes]) -> int:
+    return sum(8 * plane.itemsize for plane in planes)
 
 
 def _widest(code: NDArray[np.uint32]) -> Codes:

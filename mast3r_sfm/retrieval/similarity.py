@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.progress import Progress
-from mast3r_sfm.retrieval.asmk import QUERY_WORDS
 from mast3r_sfm.retrieval.coded import CodedImages
 from mast3r_sfm.retrieval.features import describe_images, learn_vocabulary
 from mast3r_sfm.retrieval.nearest import NearestImages, RunningNearest
@@ -248,9 +247,7 @@ def _code_images(
     tokens = config.tokens_per_image or model_tokens
     vocabulary = learn_vocabulary(encodings, config, tokens, seed, progress)
     words = len(vocabulary.codebook) if vocabulary else 0
-    entries = tokens * len(encodings) if vocabulary else 0
-    database = PostingsBuilder(num_words=words, capacity=entries)
-    query = PostingsBuilder(num_words=words, capacity=QUERY_WORDS * entries)
+    database, query = PostingsBuilder(words), PostingsBuilder(words)
     if vocabulary is None:
         progress.warn("no photo shows anything to compare it with others by; pairs are chosen without similarity")
         nothing = np.zeros(0, np.int32)

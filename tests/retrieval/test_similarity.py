@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -241,17 +242,39 @@ def test_what_is_stored_is_bounded(monkeypatch: pytest.MonkeyPatch, largest: int
     np.testing.assert_array_equal(arrays["nearest_image"], streamed.nearest(5).image)
 
 
-def test_an_inverted_file_refuses_what_does_not_fit() -> None:
-    def part(entries: int, width: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        numbers = np.arange(entries, dtype=np.int32)
-        return 1, np.zeros(entries, np.int32), numbers, np.zeros((entries, width), np.uint32)
-
-    builder = PostingsBuilder(num_words=4, capacity=3)
-    builder.add(*part(2, 2))
-    with pytest.raises(ShapeError, match="4 entries for an inverted file of at most 3"):
-        builder.add(*part(2, 2))
+def test_codes_of_another_length_are_refused() -> None:
+    nothing = np.zeros(0, np.int32)
+    builder = PostingsBuilder(4)
+    builder.add(1, nothing, nothing, np.zeros((0, 2), np.uint32))
     with pytest.raises(ShapeError, match="codes of 32 bits after codes of 64"):
-        builder.add(*part(1, 1))
+        builder.add(1, nothing, nothing, np.zeros((0, 1), np.uint32))
+
+
+@given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 20), max_size=4), width=st.integers(0, 3))
+def test_an_inverted_file_of_parts_is_that_of_the_whole(seed: int, cuts: list[int], width: int) -> None:
+    generator = np.random.default_rng(seed)
+    seen = generator.random((20, 7)) < 0.3
+    image, word = (part.astype(np.int32) for part in np.nonzero(seen))
+    code = generator.integers(0, 2**32, (len(image), width), dtype=np.uint32)
+    builder = PostingsBuilder(7)
+    bounds = [0, *sorted(cuts), 20]
+    for low, high in pairwise(bounds):
+        part = (image >= low) & (image < high)
+        builder.add(high - low, image[part] - low, word[part], code[part])
+    found = builder.build()
+    assert found.num_images == 20
+    assert found.bits == 32 * width
+    np.testing.assert_array_equal(found.entries_per_image(), seen.sum(axis=1))
+    np.testing.assert_array_equal(np.diff(found.start), seen.sum(axis=0))
+    listed_image = np.nonzero(seen.T)[1]
+    np.testing.assert_array_equal(found.image, listed_image)
+    some = np.array([3, 0, 3, 19])
+    entries = found.entries(some)
+    expected = [np.flatnonzero(image == number) for number in some]
+    np.testing.assert_array_equal(entries.image, np.repeat(np.arange(4), [len(part) for part in expected]))
+    np.testing.assert_array_equal(entries.word, word[np.concatenate(expected)])
+    whole = np.stack(entries.code, axis=1).view(np.uint32) if width else code[:0]
+    np.testing.assert_array_equal(whole, code[np.concatenate(expected)] if width else code[:0])
 
 
 def test_keyframes_of_a_collection_that_is_streamed() -> None:
