@@ -73,12 +73,23 @@ def test_the_size_of_a_block_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_array_equal(score(features, features), whole)
 
 
-def test_an_image_is_fully_similar_to_itself_and_not_at_all_to_its_mirror() -> None:
-    tokens, image, words, centroids = _collection(6, 4, 64)
+@pytest.mark.parametrize("dimension", [64, 1024])
+def test_an_image_is_fully_similar_to_itself_and_not_at_all_to_its_mirror(dimension: int) -> None:
+    tokens, image, words, centroids = _collection(6, 4, dimension)
     features = describe(tokens, image, words, centroids, 4)
     mirrored = BinaryFeatures(num_images=4, image=features.image, word=features.word, code=~features.code)
     np.testing.assert_allclose(score(features, features).diagonal(), 1.0, atol=1e-6)
     np.testing.assert_array_equal(score(features, mirrored).diagonal(), 0.0)
+
+
+@pytest.mark.parametrize("bits", [32, 96, 1024])
+@pytest.mark.parametrize("alpha", [1.0, 2.5, 3.0])
+def test_weights_are_such_that_sums_are_exact(bits: int, alpha: float) -> None:
+    weight = postings.weight_of_distance(bits, alpha)
+    exact = [max(1 - 2 * differ / bits, 0) ** alpha for differ in range(bits + 1)]
+    np.testing.assert_allclose(weight, exact, rtol=0, atol=2.0**-31)
+    np.testing.assert_array_equal(weight * 2**30 % 1, 0)
+    assert weight[0] == 1
 
 
 def test_images_without_tokens_are_similar_to_nothing() -> None:
