@@ -225,6 +225,9 @@ class Reason(enum.IntEnum):
     BRIDGE = 3
     USER = 4
     EXHAUSTIVE = 5
+    SEQUENCE = 6
+    GPS = 7
+    SECOND_ROUND = 8
 
 
 @dataclass(frozen=True, kw_only=True)
