@@ -79,8 +79,9 @@ class PairsConfig:
     """List of pairs for the source file: two names in each line."""
     window: int = 10
     """How many of the next photos the sources sequential and swin match each photo with."""
-    keyframes: int = 20
-    """Images picked by farthest-point sampling, all of whose pairs are matched."""
+    keyframes: int = 0
+    """Images picked by farthest-point sampling, all of whose pairs are matched; 0 = a fifth of the photos, from 8 to
+    20."""
     neighbours: int = 10
     """Most similar images that every image is matched with, itself not counted."""
     codebook_words: int = 0
@@ -109,7 +110,7 @@ class PairsConfig:
             not self.file or "file" in self.sources, "pairs.file", self.file, "is used only if pairs.source has file"
         )
         _require(self.window >= 1, "pairs.window", self.window, "must be at least 1")
-        _require(self.keyframes >= 1, "pairs.keyframes", self.keyframes, "must be at least 1")
+        _require(self.keyframes >= 0, "pairs.keyframes", self.keyframes, "must be 0 (auto) or more")
         _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")
         _require(self.codebook_words >= 0, "pairs.codebook_words", self.codebook_words, "must be 0 (auto) or more")
         _require(
@@ -120,6 +121,10 @@ class PairsConfig:
     def sources(self) -> tuple[str, ...]:
         """The names in `source`; ("auto",) where it is left open."""
         return tuple(name.strip() for name in self.source.split(","))
+
+    def keyframes_of(self, num_images: int) -> int:
+        """How many keyframes a collection of `num_images` gets."""
+        return self.keyframes or min(max(num_images // 5, 8), 20)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mast3r_sfm.machine import usable_cpus
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.matching.putative import KeypointSource
@@ -30,10 +32,11 @@ from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
 from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
 from mast3r_sfm.pairing import Pairing
 from mast3r_sfm.progress import Progress, SilentProgress
-from mast3r_sfm.reasons import why_left_out, why_nothing
+from mast3r_sfm.reasons import rejected_pairs, why_left_out, why_nothing
 from mast3r_sfm.report import Recorder, StageDraft, versions
+from mast3r_sfm.retrieval.picture import draw_pairs
 from mast3r_sfm.retrieval.stage import ChosenPairs
-from mast3r_sfm.storage.cache import StageCache, write_json
+from mast3r_sfm.storage.cache import StageCache, write_atomic, write_json
 from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
 from mast3r_sfm.types import (
     Encoding,
@@ -41,10 +44,13 @@ from mast3r_sfm.types import (
     LeftOut,
     ModelSummary,
     PairMatches,
+    PairsReport,
     Reason,
+    RejectedPair,
     Rig,
     RunReport,
     Verdict,
+    ViewGraph,
 )
 
 
@@ -98,6 +104,47 @@ def reconstruct(
     return run.write_report(time.monotonic() - started)
 
 
+def choose_pairs(
+    images: Path,
+    output: Path,
+    config: Config | None = None,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> PairsReport:
+    """Decide which pairs of photos are to be matched, without matching them.
+
+    Writes `output`/pairs.txt, two names in each line as COLMAP's matcher reads them, and `output`/pairs.png, a picture
+    of the similarity matrix and of the graph. A later `reconstruct` with the same output and settings goes on from
+    here.
+
+    Args and errors as for `reconstruct`.
+    """
+    run = _Run(
+        images=images,
+        output=output,
+        config=config or Config(),
+        options=options or RunOptions(),
+        recorder=Recorder(progress or SilentProgress()),
+    )
+    with torch_threads(run.threads):
+        paired = run.find_pairs()
+    names, graph = paired.photos.names, paired.chosen.graph
+    lines = [f"{names[i]} {names[j]}\n" for i, j in graph.pairs]
+    write_atomic(output / "pairs.txt", "".join(lines).encode())
+    if any(" " in name for name in names):
+        run.recorder.warn("names of photos have spaces, which COLMAP does not understand in pairs.txt; we do")
+    picture = io.BytesIO()
+    draw_pairs(paired.chosen).save(picture, "PNG")
+    write_atomic(output / "pairs.png", picture.getvalue())
+    return PairsReport(
+        num_images=len(names),
+        pairs=len(graph.pairs),
+        kinds={reason.name.lower(): int((graph.reason == reason).sum()) for reason in Reason},
+        notes=tuple(run.recorder.notes),
+        stages=tuple(run.recorder.stages),
+    )
+
+
 @dataclass
 class _Run:
     """One run: the state that the stages hand on to each other, and the reports they leave."""
@@ -115,6 +162,7 @@ class _Run:
     image_set: ImageSet | None = None
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
+    rejected_pairs: tuple[RejectedPair, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -143,7 +191,12 @@ class _Run:
         with self.recorder.stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
             parts = align_stage.align(matches, len(photos), self.config.align)
-            report.counts = {"parts": len(parts), "images": sum(len(part.images) for part in parts)}
+            self.rejected_pairs = rejected_pairs(matches, parts, photos.names)
+            report.counts = {
+                "parts": len(parts),
+                "images": sum(len(part.images) for part in parts),
+                "rejected pairs": len(self.rejected_pairs),
+            }
         if not parts:
             raise ReconstructionError(why_nothing(matches))
         with self.recorder.stage("map") as report:
@@ -241,8 +294,9 @@ class _Run:
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
         with torch_threads(self.threads if isinstance(model, DenseModel) else 1):
             edges, report.resumed = matcher.check_graph(
-                paired.chosen.graph, paired.chosen.reserve, cache, self.recorder
+                paired.chosen.graph, cache, self.recorder, paired.chosen.reserve
             )
+        self._judge_bridges(paired.chosen.graph, edges)
         rig = matcher.estimate_rig(edges, photos.records)
         matches = matcher.calibrate(edges, rig)
         # What follows also depends on who shares a camera, and on EXIF.
@@ -257,6 +311,15 @@ class _Run:
             "matches": sum(len(match) for match in matches),
         }
         return matches, rig
+
+    def _judge_bridges(self, graph: ViewGraph, edges: Sequence[EpipolarEdge]) -> None:
+        """Say what became of the pairs that were matched only to join parts."""
+        bridges = {tuple(pair) for pair in graph.pairs[graph.reason == Reason.BRIDGE].tolist()}
+        failed = sum((edge.first, edge.second) in bridges and not edge.verdict.is_link for edge in edges)
+        if bridges:
+            self.recorder.note(
+                f"{len(bridges) - failed} of {len(bridges)} bridges between parts that retrieval left apart hold"
+            )
 
     def _fine_matcher(self, photos: ImageSet, model: PairModel) -> FineMatcher | None:
         if not isinstance(model, DenseModel) or self.matching.resolution == "coarse":
@@ -330,6 +393,7 @@ class _Run:
             models=self.models,
             num_images=len(photos) + len(photos.left_out) if photos else 0,
             left_out=tuple(sorted(self.left_out, key=lambda entry: entry.name)),
+            rejected_pairs=self.rejected_pairs,
             notes=tuple(self.recorder.notes),
             seconds=seconds,
             error=self.error,

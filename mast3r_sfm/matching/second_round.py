@@ -23,14 +23,14 @@ SATURATED = 4 * STRONG_EVIDENCE
 def propose_pairs(edges: Sequence[EpipolarEdge], reserve: ViewGraph, per_image: int) -> list[Pair]:
     """Pairs that were not matched, and are worth it now.
 
-    - Friends of friends: of every image, the `per_image` ones to which the strongest pairs of verified pairs lead.
-    - Between parts that strong pairs do not join: for each image, its `per_image` most similar images of other parts,
-      as far as the reserve has them; but per part no more than that many times the images of the smaller part.
+    - Friends of friends: each image with the `per_image` ones to which the strongest chains of two verified pairs lead.
+    - Between parts that strong pairs do not join: each image of the smaller part with its 2 · `per_image` most similar
+      images of other parts, as far as the reserve has them.
 
     Args:
         edges: all pairs matched so far.
         reserve: the next most similar pairs.
-        per_image: how many pairs of each kind an image asks for.
+        per_image: how many pairs of either kind an image asks for.
 
     Returns:
         pairs, sorted, each once, none of them among `edges`.
@@ -69,7 +69,7 @@ def _between_parts(edges: Sequence[EpipolarEdge], reserve: ViewGraph, per_image:
         if part[i] == part[j]:
             continue
         small = i if size[part[i]] <= size[part[j]] else j
-        if asked[small] < per_image:
+        if asked[small] < 2 * per_image:
             asked[small] += 1
             found.add((i, j))
     return found

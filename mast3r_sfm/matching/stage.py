@@ -33,22 +33,22 @@ class Matcher:
     checker: PairChecker
     """How all pairs are matched."""
     num_images: int
-    friends: int
-    """How many further pairs of each kind an image gets in the second round."""
     detect_sift: Callable[[Sequence[int]], KeypointSource]
     """Gives the SIFT keypoints of some images."""
+    friends: int = 5
+    """How many further pairs of each kind an image gets in the second round."""
 
     def check_graph(
-        self, graph: ViewGraph, reserve: ViewGraph, cache: StageCache, progress: Progress
+        self, graph: ViewGraph, cache: StageCache, progress: Progress, reserve: ViewGraph | None = None
     ) -> tuple[list[EpipolarEdge], int]:
         """Match and check all pairs; then those that the verified ones make likely; then, harder, those on which the
         connection hangs.
 
         Args:
             graph: the pairs of the first round.
-            reserve: what the second round may choose of, besides friends of friends; without pairs, there is none.
             cache: where finished work stands.
             progress: told of steps and rounds.
+            reserve: what the second round may choose of, besides friends of friends; without pairs, there is none.
 
         Returns:
             one edge per matched pair, sorted, and the number of chunks found finished.
@@ -59,7 +59,7 @@ class Matcher:
         rounds = Rounds(checker=checker, cache=cache, budget=budget, progress=progress)
         pairs = most_important_first(graph) if config.time_budget_min else [(int(i), int(j)) for i, j in graph.pairs]
         rounds.check("match", pairs)
-        if len(reserve.pairs) and not budget.is_spent:
+        if reserve is not None and len(reserve.pairs) and not budget.is_spent:
             more = propose_pairs(rounds.edges, reserve, self.friends)
             progress.note(f"second round: {len(more):,} more pairs, which the verified ones make likely")
             rounds.check("match more", more)

@@ -28,7 +28,7 @@ def view_graph(similarity: Float32, config: PairsConfig) -> ViewGraph:
     count = len(similarity)
     if count * (count - 1) // 2 <= most_pairs(count, config):
         return exhaustive_graph(similarity)
-    return retrieval_graph(similarity, keyframes=config.keyframes, neighbours=config.neighbours)
+    return retrieval_graph(similarity, keyframes=config.keyframes_of(count), neighbours=config.neighbours)
 
 
 def most_pairs(num_images: int, config: PairsConfig) -> int:
@@ -36,7 +36,7 @@ def most_pairs(num_images: int, config: PairsConfig) -> int:
 
     A bound that needs no similarity, so that small collections are matched exhaustively whatever they show.
     """
-    keyframes = min(config.keyframes, num_images)
+    keyframes = min(config.keyframes_of(num_images), num_images)
     neighbours = min(config.neighbours, max(num_images - 1, 0))
     return keyframes * (keyframes - 1) // 2 + (num_images - keyframes) + num_images * neighbours
 

@@ -22,15 +22,17 @@ from mast3r_sfm.retrieval.similarity import measure_similarity
 from mast3r_sfm.retrieval.sources import gps_pairs, read_pairs, sequential_pairs, swin_pairs
 from mast3r_sfm.types import Encoding, Float32, ImageSet, Int64, Reason, ViewGraph
 
-_KINDS = {
+KINDS = {
     Reason.KEYFRAME: "between keyframes",
     Reason.NEAREST: "with the nearest keyframe",
     Reason.NEIGHBOUR: "with similar photos",
-    Reason.BRIDGE: "as bridges between parts that have nothing else in common",
+    Reason.BRIDGE: "as bridges between parts",
     Reason.USER: "of the list",
     Reason.SEQUENCE: "by the order of the names",
     Reason.GPS: "by GPS position",
+    Reason.EXHAUSTIVE: "of all photos",
 }
+"""The kinds of pairs, for people."""
 _RESERVE = 2
 """How many times `pairs.neighbours` pairs of each image are kept for the second round."""
 
@@ -97,7 +99,8 @@ def _joined_graph(given: Mapping[str, tuple[Int64, Reason]], similarity: Float32
         elif source == "exhaustive":
             graphs.append(exhaustive_graph(similarity))
         elif source == "retrieval":
-            graphs.append(retrieval_graph(similarity, keyframes=config.keyframes, neighbours=config.neighbours))
+            keyframes = config.keyframes_of(len(similarity))
+            graphs.append(retrieval_graph(similarity, keyframes=keyframes, neighbours=config.neighbours))
         else:
             graphs.append(view_graph(similarity, config))
     joined = union(graphs)
@@ -123,5 +126,5 @@ def _summary(graph: ViewGraph) -> str:
     if pairs == every:
         return f"all {pairs:,} pairs of {graph.num_images:,} photos are matched"
     count = Counter(graph.reason.tolist())
-    kinds = ", ".join(f"{count[kind]:,} {text}" for kind, text in _KINDS.items() if count[kind])
+    kinds = ", ".join(f"{count[kind]:,} {text}" for kind, text in KINDS.items() if count[kind])
     return f"{pairs:,} of {every:,} pairs are matched: {kinds}"

@@ -20,7 +20,7 @@ from mast3r_sfm.evaluation.metrics import compare
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.evaluation.truth import read_truth_json
 from mast3r_sfm.geometry.rigid import compose_poses, make_pose
-from mast3r_sfm.pipeline import read_report
+from mast3r_sfm.report import read_report
 from mast3r_sfm.types import Float64, ModelSummary, RunReport, StageReport
 from tests.pipeline.conftest import PHOTOS, SMALL, Reconstruct, Run
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -14,9 +15,9 @@ import pytest
 
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.progress import SilentProgress
-from mast3r_sfm.retrieval import build_view_graph, features
-from mast3r_sfm.types import Encoding, PixelTransform, Reason
+from mast3r_sfm.progress import Progress, SilentProgress
+from mast3r_sfm.retrieval import choose_pairs, features
+from mast3r_sfm.types import Encoding, Float32, ImageRecord, ImageSet, PixelTransform, Reason, ViewGraph
 
 CHANNELS = 24
 SMALL = PairsConfig(keyframes=4, neighbours=3)
@@ -70,6 +71,19 @@ class _Lazy(Sequence[Encoding]):
         assert isinstance(index, int)
         self.asked[index] += 1
         return self._items[index]
+
+
+def _photos(names: Sequence[str]) -> ImageSet:
+    records = [ImageRecord(name=name, width_px=640, height_px=480, sha256=name) for name in sorted(names)]
+    return ImageSet(root=Path("photos"), records=tuple(records))
+
+
+def build_view_graph(
+    encodings: Sequence[Encoding], config: PairsConfig, *, model_tokens: int, seed: int, progress: Progress
+) -> tuple[ViewGraph, Float32]:
+    photos = _photos([f"{index:04}.jpg" for index in range(len(encodings))])
+    chosen = choose_pairs(encodings, photos, config, model_tokens=model_tokens, seed=seed, progress=progress)
+    return chosen.graph, chosen.similarity
 
 
 def _encoding(tokens: np.ndarray, attention: np.ndarray | None = None) -> Encoding:
@@ -133,9 +147,10 @@ def test_the_number_of_threads_does_not_matter() -> None:
     script = """
 import hashlib, numpy as np
 from mast3r_sfm.config import PairsConfig
+from pathlib import Path
 from mast3r_sfm.progress import SilentProgress
-from mast3r_sfm.retrieval import build_view_graph
-from mast3r_sfm.types import Encoding, PixelTransform
+from mast3r_sfm.retrieval import choose_pairs
+from mast3r_sfm.types import Encoding, ImageRecord, ImageSet, PixelTransform
 
 generator = np.random.default_rng(0)
 photos = [
@@ -148,7 +163,10 @@ photos = [
     )
     for _ in range(20)
 ]
-similarity = build_view_graph(photos, PairsConfig(), model_tokens=1000, seed=0, progress=SilentProgress())[1]
+records = tuple(ImageRecord(name=f"{i:02}", width_px=64, height_px=64, sha256="") for i in range(20))
+images = ImageSet(root=Path(), records=records)
+chosen = choose_pairs(photos, images, PairsConfig(), model_tokens=1000, seed=0, progress=SilentProgress())
+similarity = chosen.similarity
 print(hashlib.sha256(similarity.tobytes()).hexdigest())
 """
     results = {
