@@ -100,15 +100,9 @@ class PairsConfig:
             self.source,
             f"must be auto, or of {', '.join(PAIR_SOURCES)}, joined by commas",
         )
-        _require(
-            bool(self.file) or "file" not in self.sources,
-            "pairs.source",
-            self.source,
-            "needs pairs.file, a list of pairs",
-        )
-        _require(
-            not self.file or "file" in self.sources, "pairs.file", self.file, "is used only if pairs.source has file"
-        )
+        has_file = "file" in self.sources
+        _require(bool(self.file) or not has_file, "pairs.source", self.source, "needs pairs.file, a list of pairs")
+        _require(not self.file or has_file, "pairs.file", self.file, "is read only if pairs.source names file")
         _require(self.window >= 1, "pairs.window", self.window, "must be at least 1")
         _require(self.keyframes >= 0, "pairs.keyframes", self.keyframes, "must be 0 (auto) or more")
         _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")

@@ -14,6 +14,8 @@ _OVERLAY = "what lies over both photos, such as a watermark, a frame or a part o
 
 def why_nothing(matches: Sequence[PairMatches]) -> str:
     """Why no model could be begun, and what photos would help."""
+    if not matches:
+        return "no pair of photos was matched; raise the time budget, or give a list with more pairs"
     turning = [match for match in matches if match.verdict is Verdict.PURE_ROTATION]
     if turning:
         images = len({index for match in turning for index in (match.first, match.second)})
