@@ -44,6 +44,8 @@ def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, r
         registered: names of the photos that stand in a model.
     """
     mine = [match for match in matches if index in (match.first, match.second)]
+    if not mine:
+        return "stands in no pair that was matched"
     links = [match for match in mine if match.verdict.is_link]
     marked = sum(match.verdict is Verdict.WATERMARK for match in mine)
     if not links and marked:

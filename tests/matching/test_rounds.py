@@ -14,12 +14,11 @@ from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching import checker as checker_module
 from mast3r_sfm.matching import rounds, stage
 from mast3r_sfm.matching.checker import PairChecker
-from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.matching.rounds import Budget, Rounds, most_important_first
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Reason, ViewGraph
-from tests.exact import Describer, Listener, Scene, all_pairs, no_sift, ring
+from tests.exact import Describer, Listener, Scene, all_pairs, keypoint_source, no_sift, ring
 
 NUMBER = 6
 PAIRS = [(int(i), int(j)) for i, j in all_pairs(NUMBER).pairs]
@@ -42,8 +41,7 @@ def make_checker(scene: Scene, budget_min: float = 0.0) -> PairChecker:
 
 
 def with_sources(checker: PairChecker) -> PairChecker:
-    own = KeypointSource(encodings=checker.encodings, min_similarity=0.8, max_ratio=0.92)
-    return replace(checker, sources=[own])
+    return replace(checker, sources=[keypoint_source(checker.encodings)])
 
 
 def make_rounds(scene: Scene, cache: StageCache, budget: Budget) -> Rounds:
