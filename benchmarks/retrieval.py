@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, overload
 
 import common
@@ -31,8 +32,8 @@ from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.progress import SilentProgress
 from mast3r_sfm.retrieval.asmk import ALPHA, DATABASE_WORDS, QUERY_WORDS, BinaryFeatures, describe, score
 from mast3r_sfm.retrieval.codebook import Codebook
-from mast3r_sfm.retrieval.stage import build_view_graph
-from mast3r_sfm.types import Encoding, Float32, PixelTransform
+from mast3r_sfm.retrieval.stage import choose_pairs
+from mast3r_sfm.types import Encoding, Float32, ImageRecord, ImageSet, PixelTransform, Reason
 
 FEATURES = 300
 IMAGES_PER_PLACE = 20
@@ -183,13 +184,13 @@ def run_stage(count: int, dimension: int, threads: int) -> dict[str, Any]:
     """The whole stage in this process."""
     photos = Photos(count, dimension)
     clock = Clock(photos)
+    records = [ImageRecord(name=f"{index:06}", width_px=64, height_px=64, sha256="") for index in range(count)]
+    names = ImageSet(root=Path(), records=tuple(records))
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    graph, similarity = build_view_graph(
-        photos, PairsConfig(), model_tokens=FEATURES, seed=0, progress=clock, threads=threads
-    )
+    chosen = choose_pairs(photos, names, PairsConfig(), model_tokens=FEATURES, seed=0, progress=clock, threads=threads)
     end, cpu_end = time.perf_counter(), time.process_time()
-    nearest = similarity.nearest(10).image
-    same = nearest // IMAGES_PER_PLACE == np.arange(count)[:, None] // IMAGES_PER_PLACE
+    graph = chosen.graph
+    same = np.equal(*(graph.pairs[graph.reason == Reason.NEIGHBOUR] // IMAGES_PER_PLACE).T)
     return {
         "seconds": end - begin - photos.seconds,
         "learn_seconds": clock.learnt - begin - clock.made_up,
@@ -197,6 +198,7 @@ def run_stage(count: int, dimension: int, threads: int) -> dict[str, Any]:
         "score_and_graph_seconds": end - clock.described,
         "cpu_seconds": cpu_end - cpu_begin - photos.cpu_seconds,
         "pairs": len(graph.pairs),
+        "reserve": len(chosen.reserve.pairs),
         "same_place_share": float(same.mean()),
     }
 

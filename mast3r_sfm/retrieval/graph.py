@@ -6,6 +6,7 @@ and with a start of the farthest-point sampling that is not random.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.retrieval.bridges import find_bridges
+from mast3r_sfm.retrieval.further import further_pairs
 from mast3r_sfm.retrieval.similarity import Similarity, as_similarity
 from mast3r_sfm.types import Int32, Int64, Reason, ViewGraph
 
@@ -33,7 +35,7 @@ def view_graph(similarity: Similarity | Matrix, config: PairsConfig) -> ViewGrap
     count = len(similarity)
     if count * (count - 1) // 2 <= most_pairs(count, config):
         return exhaustive_graph(similarity)
-    return retrieval_graph(similarity, keyframes=config.keyframes, neighbours=config.neighbours)
+    return retrieval_graph(similarity, keyframes=config.keyframes_of(count), neighbours=config.neighbours)
 
 
 def most_pairs(num_images: int, config: PairsConfig) -> int:
@@ -41,7 +43,7 @@ def most_pairs(num_images: int, config: PairsConfig) -> int:
 
     A bound that needs no similarity, so that small collections are matched exhaustively whatever they show.
     """
-    keyframes = min(config.keyframes, num_images)
+    keyframes = min(config.keyframes_of(num_images), num_images)
     neighbours = min(config.neighbours, max(num_images - 1, 0))
     return keyframes * (keyframes - 1) // 2 + (num_images - keyframes) + num_images * neighbours
 
@@ -109,6 +111,38 @@ def farthest_keyframes(similarity: Similarity | Matrix, count: int, *, start: in
     return np.array(chosen)
 
 
+def graph_of_pairs(similarity: Similarity | Matrix, pairs: Int64, reason: Reason) -> ViewGraph:
+    """The graph of given pairs [P, 2], in any order and orientation, each as often as it may be.
+
+    Args:
+        similarity: of N images.
+        pairs: of two different images each.
+        reason: of all of them.
+    """
+    return _graph(as_similarity(similarity), pairs, np.full(len(pairs), reason))
+
+
+def union(graphs: Sequence[ViewGraph]) -> ViewGraph:
+    """All pairs of several graphs over the same images; of a pair in several of them, the lowest reason stays."""
+    num_images = graphs[0].num_images
+    pairs = np.concatenate([graph.pairs for graph in graphs]).astype(np.int64)
+    reason = np.concatenate([graph.reason for graph in graphs])
+    order = np.lexsort((reason, pairs[:, 1], pairs[:, 0]))
+    kept = order[np.unique(pairs[order] @ [num_images, 1], return_index=True)[1]]
+    return ViewGraph(
+        num_images=num_images,
+        pairs=pairs[kept].astype(np.int32),
+        score=np.concatenate([graph.score for graph in graphs])[kept],
+        reason=reason[kept],
+    )
+
+
+def reserve(similarity: Similarity | Matrix, graph: ViewGraph, count: int) -> ViewGraph:
+    """The pairs worth matching next: of every image with the `count` most similar ones that `graph` leaves out."""
+    similarity = as_similarity(similarity)
+    return graph_of_pairs(similarity, further_pairs(similarity, graph, count), Reason.SECOND_ROUND)
+
+
 def connected(graph: ViewGraph, similarity: Similarity | Matrix) -> ViewGraph:
     """Join the components of a graph, each time by the most similar pair between two, marked as a bridge.
 
@@ -123,10 +157,7 @@ def connected(graph: ViewGraph, similarity: Similarity | Matrix) -> ViewGraph:
     if len(similarity) != graph.num_images:
         raise ShapeError(f"similarity of {len(similarity)} images for a graph of {graph.num_images}")
     added = find_bridges(similarity, _labels(graph))
-    if not len(added):
-        return graph
-    reason = np.concatenate([graph.reason, np.full(len(added), Reason.BRIDGE)])
-    return _graph(similarity, np.concatenate([graph.pairs, added]), reason)
+    return union([graph, graph_of_pairs(similarity, added, Reason.BRIDGE)]) if len(added) else graph
 
 
 def _labels(graph: ViewGraph) -> Int32:

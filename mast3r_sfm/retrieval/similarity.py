@@ -26,7 +26,7 @@ LARGEST_MATRIX = 4096
 NEAREST_KEPT = 100
 """Most similar images that are known of every image."""
 SHOWN = 1024
-"""Images of a larger collection whose matrix is stored for a picture."""
+"""Images of a larger collection that are shown in a matrix."""
 
 Images = NDArray[np.integer[Any]]
 
@@ -219,26 +219,19 @@ def measure_similarity(
     return DenseSimilarity(values)
 
 
-def to_arrays(similarity: Similarity) -> dict[str, NDArray[Any]]:
-    """What is worth keeping of a similarity, in little space.
+def shown_matrix(similarity: Similarity) -> Float32:
+    """A matrix small enough to be stored and drawn.
 
     Returns:
-        `nearest_image` int32 and `nearest_score` float16 [N, k], up to `NEAREST_KEPT` images, the most similar first;
-        `shown` int32 [M], all images up to `LARGEST_MATRIX` and otherwise `SHOWN`, evenly spaced; and `similarity`
-        float16 [M, M] of these.
+        [M, M] mutual similarity of all images, or of `SHOWN`, evenly spaced, where these are more than
+        `LARGEST_MATRIX`.
     """
     count = len(similarity)
     shown = np.arange(count) if count <= LARGEST_MATRIX else np.linspace(0, count - 1, SHOWN).round().astype(np.int64)
-    matrix = np.empty((len(shown), len(shown)), np.float16)
+    matrix = np.empty((len(shown), len(shown)), np.float32)
     for part in _slices(len(shown), _ROWS_AT_ONCE):
         matrix[part] = similarity.mutual(shown[part])[:, shown]
-    nearest = similarity.nearest(NEAREST_KEPT)
-    return {
-        "nearest_image": nearest.image,
-        "nearest_score": nearest.score.astype(np.float16),
-        "shown": shown.astype(np.int32),
-        "similarity": matrix,
-    }
+    return matrix
 
 
 def _code_images(

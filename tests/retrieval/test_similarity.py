@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -12,13 +13,20 @@ from hypothesis import strategies as st
 
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.retrieval import coded, postings, similarity
+from mast3r_sfm.retrieval import coded, further, postings, similarity
 from mast3r_sfm.retrieval.asmk import describe, invert, score
 from mast3r_sfm.retrieval.coded import CodedImages
-from mast3r_sfm.retrieval.graph import connected, exhaustive_graph, farthest_keyframes, retrieval_graph, view_graph
+from mast3r_sfm.retrieval.graph import (
+    connected,
+    exhaustive_graph,
+    farthest_keyframes,
+    reserve,
+    retrieval_graph,
+    view_graph,
+)
 from mast3r_sfm.retrieval.nearest import RunningNearest, sortable, unsorted
 from mast3r_sfm.retrieval.postings import PostingsBuilder
-from mast3r_sfm.retrieval.similarity import DenseSimilarity, StreamedSimilarity, to_arrays
+from mast3r_sfm.retrieval.similarity import DenseSimilarity, StreamedSimilarity, shown_matrix
 from mast3r_sfm.types import Reason, ViewGraph
 
 WORDS = 12
@@ -155,6 +163,16 @@ def test_rows_and_columns_of_a_matrix_that_is_not_symmetric() -> None:
     np.testing.assert_array_equal(found.nearest(9).score, [[0.5, 0.25], [0.75, 0], [0.25, 0.125]])
 
 
+def test_totals_are_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random((200, 200)).astype(np.float32) ** 8
+    whole = DenseSimilarity(values).totals()
+    exact = (values.sum(axis=0, dtype=np.float64) + values.sum(axis=1, dtype=np.float64)) / 2 - values.diagonal()
+    np.testing.assert_allclose(whole, exact, rtol=0, atol=200 * 2.0**-31)
+    for rows in (1, 7):
+        monkeypatch.setattr(similarity, "_ROWS_AT_ONCE", rows)
+        np.testing.assert_array_equal(DenseSimilarity(values).totals(), whole)
+
+
 @given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=20))
 def test_sortable_numbers(values: list[float]) -> None:
     given_values = np.array(values, np.float32)
@@ -220,26 +238,38 @@ def test_bridges_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(whole.pairs) == 49
 
 
-@pytest.mark.parametrize(("largest", "shown"), [(30, 30), (29, 7)])
-def test_what_is_stored_is_bounded(monkeypatch: pytest.MonkeyPatch, largest: int, shown: int) -> None:
+@pytest.mark.parametrize(("largest", "shown"), [(30, range(30)), (29, [0, 5, 10, 14, 19, 24, 29])])
+def test_what_is_shown_is_bounded(monkeypatch: pytest.MonkeyPatch, largest: int, shown: Sequence[int]) -> None:
     monkeypatch.setattr(similarity, "LARGEST_MATRIX", largest)
     monkeypatch.setattr(similarity, "SHOWN", 7)
-    monkeypatch.setattr(similarity, "NEAREST_KEPT", 5)
     collection = _coded(2, 30)
-    streamed = StreamedSimilarity(collection)
-    arrays = to_arrays(streamed)
-    assert {name: (part.shape, part.dtype.name) for name, part in arrays.items()} == {
-        "nearest_image": ((30, 5), "int32"),
-        "nearest_score": ((30, 5), "float16"),
-        "shown": ((shown,), "int32"),
-        "similarity": ((shown, shown), "float16"),
-    }
-    assert arrays["shown"][[0, -1]].tolist() == [0, 29]
+    matrix = shown_matrix(StreamedSimilarity(collection))
+    np.testing.assert_array_equal(matrix, _matrix(collection)[np.ix_(shown, shown)])
+
+
+@given(seed=st.integers(0, 10_000), images=st.integers(1, 25), edges=st.integers(0, 300), count=st.integers(0, 8))
+def test_the_reserve_holds_the_most_similar_pairs_that_are_left(seed: int, images: int, edges: int, count: int) -> None:
+    collection = _coded(seed, images)
     matrix = _matrix(collection)
-    np.testing.assert_array_equal(
-        arrays["similarity"], matrix[np.ix_(arrays["shown"], arrays["shown"])].astype(np.float16)
+    every = exhaustive_graph(matrix)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(every.pairs))[:edges])
+    graph = ViewGraph(
+        num_images=images, pairs=every.pairs[chosen], score=every.score[chosen], reason=every.reason[chosen]
     )
-    np.testing.assert_array_equal(arrays["nearest_image"], streamed.nearest(5).image)
+    taken = {(i, j) for i, j in graph.pairs.tolist()}
+    expected = set()
+    for image in range(images):
+        order = np.argsort(-matrix[image], kind="stable").tolist()
+        left = [pair for j in order if j != image and (pair := (min(image, j), max(image, j))) not in taken]
+        expected |= set(left[:count])
+    for kept in (2, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(further, "NEAREST_KEPT", kept)
+            patch.setattr(further, "_CELLS_AT_ONCE", 3 * images)
+            found = reserve(StreamedSimilarity(collection, kept=kept), graph, count)
+        assert {(i, j) for i, j in found.pairs.tolist()} == expected
+        np.testing.assert_array_equal(found.score, matrix[tuple(found.pairs.T)])
+        assert set(found.reason.tolist()) <= {Reason.SECOND_ROUND}
 
 
 def test_codes_of_another_length_are_refused() -> None:
