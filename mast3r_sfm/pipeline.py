@@ -33,9 +33,10 @@ from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
-from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
+from mast3r_sfm.models.registry import checkpoint_path, load_model, resolve_device, resolve_name
 from mast3r_sfm.progress import Progress, SilentProgress
 from mast3r_sfm.reasons import why_left_out, why_nothing
+from mast3r_sfm.retrieval.official import OfficialRetrieval, resolve_retrieval
 from mast3r_sfm.retrieval.stage import build_view_graph
 from mast3r_sfm.storage.cache import StageCache, write_json
 from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
@@ -144,6 +145,8 @@ class _Run:
     error: str = ""
     model_name: str = ""
     model_fingerprint: str = ""
+    retrieval: OfficialRetrieval | None = None
+    """What photos are compared by, where official files say it."""
     matching: MatchConfig = dataclasses.field(default_factory=MatchConfig)
     """As it is meant for the model and the device."""
     image_set: ImageSet | None = None
@@ -224,6 +227,13 @@ class _Run:
         self.matching = resolve_resolution(self.config.match, model, resolve_device(self.options.device).type)
         chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
         self.recorder.note(f"model: {model.name}{chosen}")
+        dense = model if isinstance(model, DenseModel) else None
+        self.retrieval = resolve_retrieval(
+            self.config.pairs,
+            checkpoint=checkpoint_path(name) if dense else None,
+            channels=dense.token_channels if dense else 0,
+            progress=self.recorder,
+        )
         return model
 
     def _cache(self, stage: str, key: str) -> StageCache:
@@ -253,7 +263,10 @@ class _Run:
         )
 
     def _choose_pairs(self, encodings: Sequence[Encoding], model: PairModel, report: _Draft) -> ViewGraph:
-        report.key = fingerprint("pairs", PAIRS_VERSION, report.key, self.config.pairs, self.config.seed)
+        # Of official files, it is the contents that count, and not how they were found.
+        settings = dataclasses.replace(self.config.pairs, retrieval="auto")
+        files = self.retrieval.fingerprint if self.retrieval else ""
+        report.key = fingerprint("pairs", PAIRS_VERSION, report.key, settings, files, self.config.seed)
         cache = self._cache("pairs", report.key)
         stored = cache.read(0)
         if stored is not None:
@@ -265,6 +278,7 @@ class _Run:
                 model_tokens=model.retrieval_tokens,
                 seed=self.config.seed,
                 progress=self.recorder,
+                vocabulary=self.retrieval.vocabulary(self.config.pairs.tokens_per_image) if self.retrieval else None,
             )
             arrays = {
                 "pairs": graph.pairs,

@@ -6,13 +6,20 @@ from collections.abc import Sequence
 
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.progress import Progress, steps
+from mast3r_sfm.retrieval.features import Vocabulary
 from mast3r_sfm.retrieval.graph import view_graph
 from mast3r_sfm.retrieval.similarity import measure_similarity
 from mast3r_sfm.types import Encoding, Float32, Reason, ViewGraph
 
 
 def build_view_graph(
-    encodings: Sequence[Encoding], config: PairsConfig, *, model_tokens: int, seed: int, progress: Progress
+    encodings: Sequence[Encoding],
+    config: PairsConfig,
+    *,
+    model_tokens: int,
+    seed: int,
+    progress: Progress,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[ViewGraph, Float32]:
     """Decide which pairs of images are to be matched.
 
@@ -25,6 +32,7 @@ def build_view_graph(
         model_tokens: tokens of highest attention that suit the model, used where the config leaves it open.
         seed: of the tokens that the codebook is learnt from, and of its first centroids.
         progress: told of two steps per image, and of what was decided.
+        vocabulary: what tokens are compared by; None: it is learnt from the collection.
 
     Returns:
         The graph and the symmetric similarity [N, N] in [0, 1] with ones on the diagonal. An image without tokens is
@@ -34,7 +42,9 @@ def build_view_graph(
         ShapeError: the encodings differ in their number of channels.
     """
     with steps(progress, "pairs", 2 * len(encodings), "image"):
-        similarity = measure_similarity(encodings, config, model_tokens=model_tokens, seed=seed, progress=progress)
+        similarity = measure_similarity(
+            encodings, config, model_tokens=model_tokens, seed=seed, progress=progress, vocabulary=vocabulary
+        )
         graph = view_graph(similarity, config)
         progress.note(_summary(graph, config))
     return graph, similarity
