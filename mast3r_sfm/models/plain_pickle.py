@@ -169,6 +169,8 @@ class _Reader:
             self._name(*argument.split(" ", 1))
         elif opcode in self._actions:
             self._actions[opcode]()
+        elif opcode == "POP":
+            self._stack.pop()
         elif opcode not in ("PROTO", "FRAME"):
             raise _RefusedError(f"it is made of more than plain values and arrays (pickle opcode {opcode})")
 

@@ -27,7 +27,7 @@ _KNOWN = {*_REQUIRED, *_WITHOUT_EFFECT, "residual"}
 _IMAGE_SIZE = 512
 _MULTIPLES = {"": 1, "k": 1024, "m": 1024**2}
 # Far beyond any such model, and small enough that a wrong figure ends in words.
-_MAX_SIZE = 1 << 24
+_MAX_SIZE, _MAX_LAYERS = 1 << 24, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,19 +110,23 @@ def _model_from(stored: object) -> RetrievalModel:
     residual = settings.get("residual", False)
     if type(residual) not in (bool, int) or residual not in (0, 1):
         raise _unsupported("residual", residual)
+    hidden = _widths(settings["hdims"])
+    prewhitened, postwhitened = settings["prewhiten"] is not None, settings["postwhiten"] is not None
     return RetrievalModel(
-        hidden=_widths(settings["hdims"]),
+        hidden=hidden,
         residual=bool(residual),
-        prewhitened=settings["prewhiten"] is not None,
-        postwhitened=settings["postwhiten"] is not None,
+        prewhitened=prewhitened,
+        postwhitened=postwhitened,
         features=_features(settings["nfeat"]),
         words=_words(settings["nclusters"]),
-        arrays=_arrays(state),
+        arrays=_arrays(state, _names(hidden, prewhitened, postwhitened)),
     )
 
 
 def _widths(value: object) -> tuple[int, ...]:
     parts = value.split("_") if isinstance(value, str) and value else []
+    if len(parts) > _MAX_LAYERS:
+        raise _unsupported("hdims", value)
     widths = tuple(int(part) for part in parts if part.isdecimal() and len(part) < 9)
     if not isinstance(value, str) or len(widths) < len(parts) or not all(0 < width < _MAX_SIZE for width in widths):
         raise _unsupported("hdims", value)
@@ -153,14 +157,37 @@ def _unsupported(name: str, value: object) -> WeightsError:
     return WeightsError(f"its setting {name} = {str(value)[:60]!r} is not supported")
 
 
-def _arrays(state: Mapping[object, object]) -> dict[str, Float64]:
-    arrays = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise WeightsError(f"its entry {str(name)[:60]!r} is not a tensor with a name")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-            raise WeightsError(f"its tensor {name} is not a plain array of floating-point numbers")
-        arrays[name] = tensor.detach().to(torch.float64).numpy()
-        if not np.isfinite(arrays[name]).all():
+def _names(hidden: tuple[int, ...], prewhitened: bool, postwhitened: bool) -> list[str]:
+    """The tensors that settings ask for; of the projector, a linear layer, a norm and an activation take turns."""
+    names = [f"prewhiten.{name}" for name in "mp" if prewhitened]
+    for index in range(len(hidden)):
+        places = [3 * index] if index + 1 == len(hidden) else [3 * index, 3 * index + 1]
+        names += [f"projector.{place}.{name}" for place in places for name in ("weight", "bias")]
+    return names + [f"postwhiten.{name}" for name in "mp" if postwhitened]
+
+
+def _arrays(state: Mapping[object, object], names: list[str]) -> dict[str, Float64]:
+    if missing := [name for name in names if name not in state]:
+        raise WeightsError(f"its settings ask for tensors that it lacks: {_some(missing)}")
+    if unknown := sorted(str(name) for name in state.keys() - set(names)):
+        raise WeightsError(f"it has tensors that its settings do not ask for: {_some(unknown)}")
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    for name in names:
+        tensor = tensors.get(name)
+        plain = tensor is not None and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if tensor is None or not plain or not tensor.is_floating_point():
+            raise WeightsError(f"its entry {name} is not a plain array of floating-point numbers")
+    # A tensor may repeat one number a million million times.
+    stored = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > sum(stored.values()):
+        raise WeightsError("its tensors have more numbers than it holds; get it from its publisher")
+    arrays = {name: tensor.detach().to(torch.float64).numpy() for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
             raise WeightsError(f"its tensor {name} holds NaN or infinite values; get it again")
     return arrays
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(name[:60] for name in names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

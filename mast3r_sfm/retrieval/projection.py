@@ -7,14 +7,15 @@ retrieval", ICLR 2022. Layers and their order are those that reproduce retrieval
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import scipy.special
+import torch
+import torch.nn.functional as functional
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mast3r_sfm.errors import ShapeError, WeightsError
 from mast3r_sfm.models.retrieval_files import RetrievalModel
@@ -26,39 +27,35 @@ _NORM_EPSILON = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A linear layer, after which all but the last are normalised and go through a GELU."""
+    """A linear layer, after which all but the last are normalised and go through a GELU; all float32."""
 
-    weight: Float64
+    weight: Tensor
     """[out, in]."""
-    bias: Float64
+    bias: Tensor
     """[out]."""
-    norm: tuple[Float64, Float64] | None
+    norm: tuple[Tensor, Tensor] | None
     """[out] weight and bias of the LayerNorm; None: the last layer."""
 
-    def apply(self, values: Float64) -> Float64:
-        values = values @ self.weight.T + self.bias
+    def apply(self, values: Tensor) -> Tensor:
+        values = functional.linear(values, self.weight, self.bias)
         if self.norm is None:
             return values
-        values = values - values.mean(axis=1, keepdims=True)
-        values /= np.sqrt((values**2).mean(axis=1, keepdims=True) + _NORM_EPSILON)
-        values = values * self.norm[0] + self.norm[1]
-        # The exact GELU: x·Φ(x).
-        return np.asarray(values * scipy.special.ndtr(values), dtype=np.float64)
+        return functional.gelu(functional.layer_norm(values, self.bias.shape, *self.norm, _NORM_EPSILON))
 
 
 class Projector:
     """Pre-whitening, projector, attention, post-whitening; each but the attention may be left out by the model.
 
-    It computes in double precision, for the reason that `Whitening.apply` gives.
+    The whitenings compute in double precision, the projector in single, as the reference does: the local features are
+    then the same to the last bit, and so are the words and codes that follow from them.
     """
 
     def __init__(self, model: RetrievalModel) -> None:
         """Build it from what a file holds.
 
         Raises:
-            WeightsError: a tensor is missing, unknown, or of a wrong shape.
+            WeightsError: a tensor has a wrong shape, or the steps do not fit each other.
         """
-        _check_names(model)
         arrays = model.arrays
         self._pre = _whitening(arrays, "prewhiten") if model.prewhitened else None
         self._layers = _layers(arrays, model.hidden)
@@ -77,7 +74,20 @@ class Projector:
         self.dimension: int = widths[-1][2]
         """Of the local features that it gives."""
 
-    def project(self, tokens: NDArray[Any]) -> tuple[Float64, Float64]:
+    def local_features(self, tokens: NDArray[Any], count: int | float) -> Float32:
+        """What describes an image.
+
+        Args:
+            tokens: [T, C], all of the image's.
+            count: how many of highest attention; negative: their share of all, rounded down.
+
+        Returns:
+            [K, D], those of highest attention first.
+        """
+        projected, attention = self.project(tokens)
+        return self.finish(projected[strongest(attention, count)])
+
+    def project(self, tokens: NDArray[Any]) -> tuple[Float32, Float32]:
         """Pre-whiten and project tokens.
 
         Args:
@@ -88,24 +98,27 @@ class Projector:
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.channels:
             raise ShapeError(f"tokens have shape {tokens.shape}, expected [*, {self.channels}]")
-        whitened = values = self._pre.map(tokens) if self._pre else tokens.astype(np.float64)
+        whitened = values = torch.from_numpy(self._pre.apply(tokens) if self._pre else tokens.astype(np.float32))
         for layer in self._layers:
             values = layer.apply(values)
         if self._residual:
             values = values + whitened
-        return values, np.linalg.norm(values, axis=1)
+        return values.numpy(), values.norm(dim=1).numpy()
 
-    def finish(self, projected: Float64) -> Float32:
+    def finish(self, projected: Float32) -> Float32:
         """Post-whiten projected tokens [K, E] into local features [K, D]."""
-        return (self._post.map(projected) if self._post else projected).astype(np.float32)
+        return self._post.apply(projected) if self._post else projected
 
     def _widths(self) -> list[tuple[str, int, int]]:
         """Name, input and output width of each step."""
-        widths = [(f"projector.{3 * index}", *layer.weight.shape[::-1]) for index, layer in enumerate(self._layers)]
+        widths = [
+            (f"projector.{3 * index}", layer.weight.shape[1], len(layer.bias))
+            for index, layer in enumerate(self._layers)
+        ]
         if self._pre:
-            widths.insert(0, ("prewhiten", *self._pre.projection.shape))
+            widths.insert(0, ("prewhiten", *2 * (len(self._pre.mean),)))
         if self._post:
-            widths.append(("postwhiten", *self._post.projection.shape))
+            widths.append(("postwhiten", *2 * (len(self._post.mean),)))
         return widths
 
 
@@ -118,29 +131,14 @@ class ProjectedTokens:
     """Tokens of highest attention that describe an image; negative: their share of all tokens, rounded down."""
 
     def of(self, encoding: Encoding) -> Float32:
-        """The local features [K, D] of one image, those of highest attention first; of equals, the earlier first."""
-        projected, attention = self.projector.project(encoding.tokens)
-        count = self.count if self.count > 0 else -self.count * len(attention)
-        chosen = np.argsort(-attention, kind="stable")[: int(count)]
-        return self.projector.finish(projected[chosen])
+        """The local features [K, D] of one image, those of highest attention first."""
+        return self.projector.local_features(encoding.tokens, self.count)
 
 
-def _check_names(model: RetrievalModel) -> None:
-    """Whether the tensors are those that the settings ask for."""
-    expected = [f"prewhiten.{name}" for name in "mp" if model.prewhitened]
-    expected += [f"postwhiten.{name}" for name in "mp" if model.postwhitened]
-    for index in range(len(model.hidden)):
-        places = [3 * index] if index + 1 == len(model.hidden) else [3 * index, 3 * index + 1]
-        expected += [f"projector.{place}.{name}" for place in places for name in ("weight", "bias")]
-    if missing := [name for name in expected if name not in model.arrays]:
-        raise WeightsError(f"its settings ask for tensors that it lacks: {_some(missing)}")
-    if unknown := sorted(model.arrays.keys() - set(expected)):
-        raise WeightsError(f"it has tensors that its settings do not ask for: {_some(unknown)}")
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+def strongest(attention: Float32, count: int | float) -> NDArray[np.int64]:
+    """Tokens [K] of highest attention [T], highest first; of equals, the earlier one first; `count` as above."""
+    wanted = count if count > 0 else -count * len(attention)
+    return np.argsort(-attention, kind="stable")[: int(wanted)]
 
 
 def _whitening(arrays: dict[str, Float64], name: str) -> Whitening:
@@ -168,13 +166,8 @@ def _layers(arrays: dict[str, Float64], hidden: tuple[int, ...]) -> tuple[_Layer
             if arrays[name].shape != shape or not arrays[name].size:
                 wanted = " × ".join(map(str, shape))
                 raise WeightsError(f"its {name} has shape {_shape(arrays[name])}, expected {wanted}")
-        layers.append(
-            _Layer(
-                weight=weight,
-                bias=arrays[f"{linear}.bias"],
-                norm=None if last else (arrays[f"{norm}.weight"], arrays[f"{norm}.bias"]),
-            )
-        )
+        values = [torch.from_numpy(arrays[name].astype(np.float32)) for name in shapes]
+        layers.append(_Layer(weight=values[0], bias=values[1], norm=None if last else (values[2], values[3])))
     return tuple(layers)
 
 

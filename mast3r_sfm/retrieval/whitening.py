@@ -37,15 +37,11 @@ class Whitening:
 
     def apply(self, tokens: NDArray[Any]) -> Float32:
         """Whiten tokens [T, C] to [T, D]; neither side is scaled to unit length."""
-        return self.map(tokens).astype(np.float32)
-
-    def map(self, tokens: NDArray[Any]) -> Float64:
-        """As `apply`, in double precision."""
         if tokens.ndim != 2 or tokens.shape[1] != len(self.mean):
             raise ShapeError(f"tokens have shape {tokens.shape}, expected [*, {len(self.mean)}]")
         # In double precision: the last bits of a float32 product depend on the number of threads, and a bit that
         # flips changes the words, and so the pairs.
-        return np.asarray((tokens.astype(np.float64) - self.mean) @ self.projection, dtype=np.float64)
+        return ((tokens.astype(np.float64) - self.mean) @ self.projection).astype(np.float32)
 
 
 class TokenMoments:
