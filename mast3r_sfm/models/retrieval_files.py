@@ -74,10 +74,12 @@ def read_codebook(path: Path, words: int) -> Float32:
     """
     stored = read_plain_pickle(path)
     match stored:
-        case {"type": "Codebook", "params": {"size": size}, "state": {"centroids": PickledArray() as array}}:
+        case {"type": "Codebook", "params": {"size": size, **others}, "state": {"centroids": PickledArray() as array}}:
             values = array.values
         case _:
             raise WeightsError(f"{path} holds no codebook of visual words; get it from its publisher")
+    if others:
+        raise WeightsError(f"{path} has settings that are not known: {_some(sorted(map(str, others)))}")
     if values is None or values.ndim != 2 or not values.size or size != len(values):
         raise WeightsError(f"{path}: its words are no table of the size that it states; get it from its publisher")
     if len(values) != words:

@@ -52,7 +52,7 @@ def test_plain_values_come_back(value: object, protocol: int, tmp_path_factory: 
 
 
 @given(
-    values=arrays.arrays(np.float32, arrays.array_shapes(min_side=0, max_side=4)),
+    values=arrays.arrays(np.float32, arrays.array_shapes(max_side=4)),
     order=st.sampled_from("CF"),
     byte_order=st.sampled_from("<>"),
     protocol=st.sampled_from(PROTOCOLS),
@@ -157,7 +157,7 @@ def test_only_float32_without_anything_hidden_in_it(tmp_path: Path) -> None:
         ({1, 2}, ""),
         ({1: 2}, "keys that are no texts"),
         ({(): 2}, "keys that are no texts"),
-        (Malice(np.dtype, "O"), "where float32 is expected"),
+        (Malice(np.dtype, "O", False, True), "where float32 is expected"),
         (Malice(np.dtype, "f4", False, True, {"metadata": 1}), "something else"),
         (Malice(np.ndarray, (3,), "f4"), "something else"),
     ):
@@ -231,7 +231,7 @@ def test_lengths_beyond_the_file_are_not_allocated(tmp_path: Path) -> None:
         b"\x80\x04\x8d" + huge + b"abc.",  # BINUNICODE8
         b"\x80\x04B\xff\xff\xff\xffabc.",  # BINBYTES
         b"\x80\x02\x8b\xff\xff\xff\x7fabc.",  # LONG4
-        b"\x80\x04\x95" + huge + b"K\x01r\xff\xff\xff\xff.extra"[:-6],  # FRAME, then a memo of four thousand million
+        b"\x80\x04\x95" + huge + b"K\x01r\xff\xff\xff\xff",  # FRAME, LONG_BINPUT, and nothing after
     ):
         refusal(tmp_path / "evil.pkl", data)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
@@ -292,27 +292,29 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
             refusal(tmp_path / "cut.pkl", data[:length])
 
 
+def outcome(path: Path, data: bytes) -> str:
+    """The path where a value is read, else the message."""
+    try:
+        read_plain_pickle(write(path, data))
+    except WeightsError as error:
+        return str(error)
+    return str(path)
+
+
 @given(data=st.binary(min_size=1, max_size=60))
 def test_any_bytes_end_in_a_value_or_in_words(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = write(tmp_path_factory.mktemp("a") / "a.pkl", data)
-    try:
-        read_plain_pickle(path)
-    except WeightsError as error:
-        assert str(path) in str(error)
-
-
-@given(st.data())
-def test_one_wrong_byte_ends_in_a_value_or_in_words(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    good = pickle.dumps({"state": {"centroids": np.ones((3, 2), np.float32)}}, data.draw(st.sampled_from(PROTOCOLS)))
-    place = data.draw(st.integers(0, len(good) - 1))
     path = tmp_path_factory.mktemp("a") / "a.pkl"
-    write(path, good[:place] + data.draw(st.binary(min_size=1, max_size=1)) + good[place + 1 :])
-    try:
-        read_plain_pickle(path)
-    except WeightsError as error:
-        assert str(path) in str(error)
+    assert str(path) in outcome(path, data)
+
+
+@given(protocol=st.sampled_from(PROTOCOLS), place=st.integers(0, 250), wrong=st.binary(min_size=1, max_size=1))
+def test_one_wrong_byte_ends_in_a_value_or_in_words(
+    protocol: int, place: int, wrong: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    good = pickle.dumps({"state": {"centroids": np.ones((3, 2), np.float32)}}, protocol)
+    place %= len(good)
+    path = tmp_path_factory.mktemp("a") / "a.pkl"
+    assert str(path) in outcome(path, good[:place] + wrong + good[place + 1 :])
 
 
 def test_files_that_are_no_pickles(tmp_path: Path) -> None:
