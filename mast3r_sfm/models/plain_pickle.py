@@ -14,7 +14,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -127,18 +127,6 @@ class _Reader:
         self._allowance = 2 * size
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._actions: dict[str, Callable[[], None]] = {
-            "MARK": lambda: self._stack.append(_Mark()),
-            "TUPLE": lambda: self._stack.append(tuple(self._items())),
-            "EMPTY_DICT": lambda: self._stack.append({}),
-            "DICT": lambda: self._stack.append(_dictionary({}, self._items())),
-            "SETITEM": lambda: self._fill(self._take(2)),
-            "SETITEMS": lambda: self._fill(self._items()),
-            "MEMOIZE": lambda: self._remember(len(self._memo)),
-            "STACK_GLOBAL": lambda: self._name(*self._take(2)),
-            "REDUCE": self._reduce,
-            "BUILD": self._build,
-        }
 
     def read(self, stream: _Bounded) -> object:
         """The value that a pickle makes.
@@ -167,10 +155,8 @@ class _Reader:
             self._stack.append(self._memo[argument])
         elif opcode == "GLOBAL":
             self._name(*argument.split(" ", 1))
-        elif opcode in self._actions:
-            self._actions[opcode]()
-        elif opcode == "POP":
-            self._stack.pop()
+        elif opcode in self._ACTIONS:
+            self._ACTIONS[opcode](self)
         elif opcode not in ("PROTO", "FRAME"):
             raise _RefusedError(f"it is made of more than plain values and arrays (pickle opcode {opcode})")
 
@@ -188,6 +174,9 @@ class _Reader:
         items = self._stack[start + 1 :]
         del self._stack[start:]
         return items
+
+    def _drop(self) -> None:
+        del self._stack[-1]
 
     def _remember(self, number: int) -> None:
         if isinstance(self._stack[-1], _Mark):
@@ -232,6 +221,20 @@ class _Reader:
         else:
             raise _RefusedError("it changes an object that is no array")
         self._stack.append(target)
+
+    _ACTIONS: ClassVar[dict[str, Callable[[_Reader], None]]] = {
+        "MARK": lambda self: self._stack.append(_Mark()),
+        "POP": _drop,
+        "TUPLE": lambda self: self._stack.append(tuple(self._items())),
+        "EMPTY_DICT": lambda self: self._stack.append({}),
+        "DICT": lambda self: self._stack.append(_dictionary({}, self._items())),
+        "SETITEM": lambda self: self._fill(self._take(2)),
+        "SETITEMS": lambda self: self._fill(self._items()),
+        "MEMOIZE": lambda self: self._remember(len(self._memo)),
+        "STACK_GLOBAL": lambda self: self._name(*self._take(2)),
+        "REDUCE": _reduce,
+        "BUILD": _build,
+    }
 
 
 def _made(function: object, arguments: object) -> object:

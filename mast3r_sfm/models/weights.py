@@ -205,6 +205,12 @@ def find_retrieval_model(checkpoint: Path) -> Path | None:
     return next((path for path in candidates if _is_file(path)), None)
 
 
+def find_retrieval_files(checkpoint: Path) -> Path | None:
+    """The retrieval model that lies beside a checkpoint, where its codebook does as well."""
+    path = find_retrieval_model(checkpoint)
+    return path if path is not None and _is_file(codebook_path(path)) else None
+
+
 def codebook_path(model: Path) -> Path:
     """Where the codebook of a retrieval model belongs: the model's name up to its last underscore, `_codebook.pkl`."""
     return model.with_name(f"{model.name.rpartition('_')[0] or model.stem}_codebook.pkl")

@@ -126,7 +126,11 @@ def test_a_hostile_codebook_ends_the_run_before_photos_are_encoded(
     path = write_files(checkpoint)
     stored = {"type": "Codebook", "params": {"size": 32}, "state": {"centroids": Malice(tmp_path / "ran")}}
     path.with_name(CODEBOOK).write_bytes(pickle.dumps(stored))
-    monkeypatch.setattr(Mast3rModel, "encode", None)
+
+    def encode(*_: object) -> None:
+        raise AssertionError("photos are encoded")
+
+    monkeypatch.setattr(Mast3rModel, "encode", encode)
     found = Run(photos, tmp_path / "out", checkpoint)
     assert isinstance(found.error, WeightsError)
     assert found.error.exit_code == 2
