@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -67,6 +68,23 @@ def test_arrays_come_back(
     assert found["a"].values.dtype.isnative
     np.testing.assert_array_equal(found["a"].values, values)
     np.testing.assert_array_equal(found["b"][1].values, np.zeros(2))
+
+
+def test_a_large_array_is_held_once_and_let_go(tmp_path: Path) -> None:
+    values = np.zeros((1000, 2000), np.float32)
+    path = write(tmp_path / "a.pkl", {"a": values})
+    read_plain_pickle(path)  # what is made at first use
+    gc.disable()
+    tracemalloc.start()
+    try:
+        found = read_plain_pickle(path)
+        current, peak = tracemalloc.get_traced_memory()
+        assert values.nbytes <= current <= peak < 1.1 * values.nbytes
+        del found
+        assert tracemalloc.get_traced_memory()[0] < 0.1 * values.nbytes
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_names_of_older_numpy(tmp_path: Path) -> None:
