@@ -219,7 +219,7 @@ class _Reader:
                 case _:
                     raise _RefusedError("an array in it is none of plain float32 numbers")
         else:
-            raise _RefusedError("it changes an object that is no array")
+            raise _RefusedError("it changes an object that is no new array")
         self._stack.append(target)
 
     _ACTIONS: ClassVar[dict[str, Callable[[_Reader], None]]] = {
