@@ -65,12 +65,23 @@ class EncodeConfig:
         _require(self.keypoints >= 64, "encode.keypoints", self.keypoints, "must be at least 64")
 
 
+PAIR_SOURCES = ("retrieval", "exhaustive", "sequential", "swin", "file", "gps")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
     """Retrieval and the view graph."""
 
-    keyframes: int = 20
-    """Images picked by farthest-point sampling, all of whose pairs are matched."""
+    source: str = "auto"
+    """Where pairs come from: retrieval, exhaustive, sequential, swin, file, gps, or several of these, joined by commas;
+    auto: exhaustive where that is no more work than retrieval could make, else retrieval."""
+    file: str = ""
+    """List of pairs for the source file: two names in each line."""
+    window: int = 10
+    """How many of the next photos the sources sequential and swin match each photo with."""
+    keyframes: int = 0
+    """Images picked by farthest-point sampling, all of whose pairs are matched; 0 = a fifth of the photos, from 8 to
+    20."""
     neighbours: int = 10
     """Most similar images that every image is matched with, itself not counted."""
     retrieval: str = "auto"
@@ -83,8 +94,22 @@ class PairsConfig:
     """Tokens of highest attention that describe an image to the retrieval; 0 = what suits the model, or what official
     files say."""
 
+    second_round: bool = True
+    """Match further pairs that the first ones make likely: of photos that have a match in common, and between parts of
+    the collection. Not with the source file alone."""
+
     def __post_init__(self) -> None:
-        _require(self.keyframes >= 1, "pairs.keyframes", self.keyframes, "must be at least 1")
+        _require(
+            self.source == "auto" or set(self.sources) <= set(PAIR_SOURCES),
+            "pairs.source",
+            self.source,
+            f"must be auto, or of {', '.join(PAIR_SOURCES)}, joined by commas",
+        )
+        has_file = "file" in self.sources
+        _require(bool(self.file) or not has_file, "pairs.source", self.source, "needs pairs.file, a list of pairs")
+        _require(not self.file or has_file, "pairs.file", self.file, "is read only if pairs.source names file")
+        _require(self.window >= 1, "pairs.window", self.window, "must be at least 1")
+        _require(self.keyframes >= 0, "pairs.keyframes", self.keyframes, "must be 0 (auto) or more")
         _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")
         _require(
             self.retrieval != "",
@@ -96,6 +121,15 @@ class PairsConfig:
         _require(
             self.tokens_per_image >= 0, "pairs.tokens_per_image", self.tokens_per_image, "must be 0 (auto) or more"
         )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names in `source`; ("auto",) where it is left open."""
+        return tuple(name.strip() for name in self.source.split(","))
+
+    def keyframes_of(self, num_images: int) -> int:
+        """How many keyframes a collection of `num_images` gets."""
+        return self.keyframes or min(max(num_images // 5, 8), 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +155,9 @@ class MatchConfig:
     """Distinct inliers of the two-view check below which two photos are never taken to show the same place."""
     chance_share: float = 0.12
     """Inliers that a pair needs beyond `min_inliers`, per distinct match: so many agree by chance."""
+    time_budget_min: float = 0.0
+    """Minutes after which no further pair is matched; the most similar ones come first. 0 = as many as it takes. With a
+    budget, the result depends on the speed of the machine."""
     max_decode_disagreement_deg: float = 10.0
     """A pointmap model decodes a pair twice, once from each image; a pair whose rotations differ by more is weak.
     Measured with the oracle: up to 4.3 with 3 % of noise in depth or 10 % in focal length (9.2 where photos of a
@@ -134,6 +171,7 @@ class MatchConfig:
             self.max_epipolar_error_px > 0, "match.max_epipolar_error_px", self.max_epipolar_error_px, "must be > 0"
         )
         _require(self.min_inliers >= 8, "match.min_inliers", self.min_inliers, "must be at least 8")
+        _require(self.time_budget_min >= 0, "match.time_budget_min", self.time_budget_min, "must be 0 (none) or more")
         _require(0 <= self.chance_share <= 1, "match.chance_share", self.chance_share, "must be in [0, 1]")
         _require(
             0 < self.max_decode_disagreement_deg < 180,

@@ -6,6 +6,8 @@ and with a start of the farthest-point sampling that is not random.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.types import Float32, Int32, Reason, ViewGraph
+from mast3r_sfm.types import Float32, Int32, Int64, Reason, ViewGraph
 
 
 def view_graph(similarity: Float32, config: PairsConfig) -> ViewGraph:
@@ -26,7 +28,7 @@ def view_graph(similarity: Float32, config: PairsConfig) -> ViewGraph:
     count = len(similarity)
     if count * (count - 1) // 2 <= most_pairs(count, config):
         return exhaustive_graph(similarity)
-    return retrieval_graph(similarity, keyframes=config.keyframes, neighbours=config.neighbours)
+    return retrieval_graph(similarity, keyframes=config.keyframes_of(count), neighbours=config.neighbours)
 
 
 def most_pairs(num_images: int, config: PairsConfig) -> int:
@@ -34,7 +36,7 @@ def most_pairs(num_images: int, config: PairsConfig) -> int:
 
     A bound that needs no similarity, so that small collections are matched exhaustively whatever they show.
     """
-    keyframes = min(config.keyframes, num_images)
+    keyframes = min(config.keyframes_of(num_images), num_images)
     neighbours = min(config.neighbours, max(num_images - 1, 0))
     return keyframes * (keyframes - 1) // 2 + (num_images - keyframes) + num_images * neighbours
 
@@ -99,6 +101,42 @@ def farthest_keyframes(similarity: Float32, count: int, *, start: int | None = N
         chosen.append(int(closest.argmin()))
         closest = np.maximum(closest, values[chosen[-1]])
     return np.array(chosen)
+
+
+def graph_of_pairs(similarity: Float32, pairs: Int64, reason: Reason) -> ViewGraph:
+    """The graph of given pairs [P, 2], in any order and orientation, each as often as it may be.
+
+    Args:
+        similarity: [N, N] in [0, 1].
+        pairs: of two different images each.
+        reason: of all of them.
+    """
+    return _graph(_checked(similarity), pairs, np.full(len(pairs), reason))
+
+
+def union(graphs: Sequence[ViewGraph]) -> ViewGraph:
+    """All pairs of several graphs over the same images; of a pair in several of them, the lowest reason stays."""
+    num_images = graphs[0].num_images
+    pairs = np.concatenate([graph.pairs for graph in graphs]).astype(np.int64)
+    reason = np.concatenate([graph.reason for graph in graphs])
+    order = np.lexsort((reason, pairs[:, 1], pairs[:, 0]))
+    kept = order[np.unique(pairs[order] @ [num_images, 1], return_index=True)[1]]
+    return ViewGraph(
+        num_images=num_images,
+        pairs=pairs[kept].astype(np.int32),
+        score=np.concatenate([graph.score for graph in graphs])[kept],
+        reason=reason[kept],
+    )
+
+
+def reserve(similarity: Float32, graph: ViewGraph, count: int) -> ViewGraph:
+    """The pairs worth matching next: of every image with the `count` most similar ones that `graph` leaves out."""
+    values = _checked(similarity)
+    values[tuple(graph.pairs.T)] = values[tuple(graph.pairs[:, ::-1].T)] = -1.0
+    near = _nearest_images(values, min(count, max(len(values) - 1, 0)))
+    pairs = np.stack([np.repeat(np.arange(len(values)), near.shape[1]), near.ravel()], axis=1)
+    pairs = pairs[values[tuple(pairs.T)] >= 0]
+    return graph_of_pairs(similarity, pairs, Reason.SECOND_ROUND)
 
 
 def connected(graph: ViewGraph, similarity: Float32) -> ViewGraph:

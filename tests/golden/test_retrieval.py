@@ -19,8 +19,9 @@ from mast3r_sfm.models.retrieval_files import RetrievalModel
 from mast3r_sfm.retrieval.asmk import BinaryFeatures, aggregate, describe, score
 from mast3r_sfm.retrieval.codebook import Codebook
 from mast3r_sfm.retrieval.features import strongest_tokens
-from mast3r_sfm.retrieval.graph import farthest_keyframes, retrieval_graph
+from mast3r_sfm.retrieval.graph import exhaustive_graph, farthest_keyframes, retrieval_graph
 from mast3r_sfm.retrieval.projection import Projector, strongest
+from mast3r_sfm.retrieval.sources import swin_pairs
 from mast3r_sfm.retrieval.whitening import TokenMoments, Whitening
 from mast3r_sfm.types import Encoding, Float32, Float64, Int32, PixelTransform, Reason
 
@@ -232,3 +233,22 @@ def test_pairs(scenes: list[dict[str, Any]]) -> None:
 def _more_similar_than_itself(row: dict[str, Any]) -> NDArray[np.int64]:
     sim: Float64 = row["sim"]
     return (sim > sim.diagonal()[:, None]).sum(axis=1)
+
+
+def test_pairs_by_the_order_of_names(golden_dir: Path) -> None:
+    """Without the reference's prefilters, self pairs and orientations."""
+    rows = json.loads((golden_dir / "graph.json").read_text())["other_scene_graphs"]
+    compared = 0
+    for row in rows:
+        kind = re.fullmatch(r"complete|swin(?:-(\d+))?", row["scene_graph"])
+        if row["prefilter"] is not None or kind is None:
+            continue
+        names = [f"{index}.jpg" for index in range(row["n"])]
+        if row["scene_graph"] == "complete":
+            found = exhaustive_graph(np.eye(row["n"], dtype=np.float32)).pairs
+        else:
+            found = swin_pairs(names, int(kind[1] or 3))
+        expected = {tuple(sorted(pair)) for pair in row["pairs"] if pair[0] != pair[1]}
+        assert {tuple(sorted(pair)) for pair in found.tolist()} == expected, row
+        compared += 1
+    assert compared >= 12
