@@ -84,10 +84,15 @@ class PairsConfig:
     20."""
     neighbours: int = 10
     """Most similar images that every image is matched with, itself not counted."""
+    retrieval: str = "auto"
+    """What photos are compared by: collection: features and visual words that are learnt from them; the path of an
+    official …_retrieval_trainingfree.pth with its codebook beside it; auto: the official files where they lie beside
+    the checkpoint of the pointmap model in use and fit it, otherwise collection."""
     codebook_words: int = 0
-    """Words of the retrieval codebook; 0 = chosen from the size of the collection."""
+    """Words of the codebook that is learnt from the collection; 0 = chosen from its size."""
     tokens_per_image: int = 0
-    """Tokens of highest attention that describe an image to the retrieval; 0 = what suits the model."""
+    """Tokens of highest attention that describe an image to the retrieval; 0 = what suits the model, or what official
+    files say."""
 
     second_round: bool = True
     """Match further pairs that the first ones make likely: of photos that have a match in common, and between parts of
@@ -106,6 +111,12 @@ class PairsConfig:
         _require(self.window >= 1, "pairs.window", self.window, "must be at least 1")
         _require(self.keyframes >= 0, "pairs.keyframes", self.keyframes, "must be 0 (auto) or more")
         _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")
+        _require(
+            self.retrieval != "",
+            "pairs.retrieval",
+            self.retrieval,
+            "must be auto, collection or the path of a .pth file",
+        )
         _require(self.codebook_words >= 0, "pairs.codebook_words", self.codebook_words, "must be 0 (auto) or more")
         _require(
             self.tokens_per_image >= 0, "pairs.tokens_per_image", self.tokens_per_image, "must be 0 (auto) or more"

@@ -12,6 +12,7 @@ import numpy as np
 from mast3r_sfm.config import PairsConfig, fingerprint
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.progress import Progress
+from mast3r_sfm.retrieval.official import OfficialRetrieval
 from mast3r_sfm.retrieval.stage import ChosenPairs, choose_pairs
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Encoding, ImageSet, ViewGraph
@@ -30,9 +31,11 @@ class Pairing:
     seed: int
     threads: int = 1
     """That score images side by side; the result does not depend on their number."""
+    official: OfficialRetrieval | None = None
+    """What the photos are compared by, where official files say it."""
 
     def key(self, encode_key: str) -> str:
-        """Of what the pairs depend on: the list of pairs counts by its content, wherever it lies.
+        """Of what the pairs depend on: the list of pairs and official files count by their content, wherever they lie.
 
         Raises:
             InputError: the list of pairs cannot be read.
@@ -43,9 +46,10 @@ class Pairing:
                 digest = hashlib.sha256(Path(self.config.file).read_bytes()).hexdigest()
             except OSError as error:
                 raise InputError(f"cannot read the list of pairs {self.config.file}: {error.strerror}") from error
-        settings = replace(self.config, file=digest)
+        settings = replace(self.config, file=digest, retrieval="auto")
+        official = self.official.fingerprint if self.official else ""
         positions = [record.gps for record in self.photos.records]
-        return fingerprint("pairs", CODE_VERSION, encode_key, settings, self.seed, positions)
+        return fingerprint("pairs", CODE_VERSION, encode_key, settings, official, self.seed, positions)
 
     def choose(self, encodings: Sequence[Encoding], cache: StageCache, progress: Progress) -> tuple[ChosenPairs, int]:
         """The pairs, and the number of chunks found finished; arguments and errors as for `choose_pairs`."""
@@ -60,6 +64,7 @@ class Pairing:
             seed=self.seed,
             progress=progress,
             threads=self.threads,
+            vocabulary=self.official.vocabulary(self.config.tokens_per_image) if self.official else None,
         )
         arrays = _pack(chosen)
         cache.write(0, arrays)

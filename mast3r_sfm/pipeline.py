@@ -29,11 +29,12 @@ from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
-from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
+from mast3r_sfm.models.registry import checkpoint_path, load_model, resolve_device, resolve_name
 from mast3r_sfm.pairing import Pairing
 from mast3r_sfm.progress import Progress, SilentProgress
 from mast3r_sfm.reasons import rejected_pairs, why_left_out, why_nothing
 from mast3r_sfm.report import Recorder, StageDraft, versions
+from mast3r_sfm.retrieval.official import OfficialRetrieval, resolve_retrieval
 from mast3r_sfm.retrieval.picture import draw_pairs
 from mast3r_sfm.retrieval.stage import ChosenPairs
 from mast3r_sfm.storage.cache import StageCache, write_atomic, write_json
@@ -157,6 +158,8 @@ class _Run:
     error: str = ""
     model_name: str = ""
     model_fingerprint: str = ""
+    retrieval: OfficialRetrieval | None = None
+    """What photos are compared by, where official files say it."""
     matching: MatchConfig = dataclasses.field(default_factory=MatchConfig)
     """As it is meant for the model and the device."""
     image_set: ImageSet | None = None
@@ -227,6 +230,13 @@ class _Run:
         self.matching = resolve_resolution(self.config.match, model, resolve_device(self.options.device).type)
         chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
         self.recorder.note(f"model: {model.name}{chosen}")
+        dense = model if isinstance(model, DenseModel) else None
+        self.retrieval = resolve_retrieval(
+            self.config.pairs,
+            checkpoint=checkpoint_path(name) if dense else None,
+            channels=dense.token_channels if dense else 0,
+            progress=self.recorder,
+        )
         return model
 
     def _cache(self, stage: str, key: str) -> StageCache:
@@ -264,6 +274,7 @@ class _Run:
             model_tokens=model.retrieval_tokens,
             seed=self.config.seed,
             threads=self.threads,
+            official=self.retrieval,
         )
         report.key = pairing.key(report.key)
         chosen, report.resumed = pairing.choose(encodings, self._cache("pairs", report.key), self.recorder)

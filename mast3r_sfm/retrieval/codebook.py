@@ -45,8 +45,6 @@ class Codebook:
         if centroids.ndim != 2 or not centroids.size:
             raise ShapeError(f"a codebook needs centroids [K, D], not {centroids.shape}")
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
-        self._index = faiss.IndexFlatL2(centroids.shape[1])
-        self._index.add(self.centroids)
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -88,5 +86,8 @@ class Codebook:
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.centroids.shape[1]:
             raise ShapeError(f"tokens have shape {tokens.shape}, expected [*, {self.centroids.shape[1]}]")
-        found = self._index.search(np.ascontiguousarray(tokens, dtype=np.float32), min(count, len(self)))[1]
+        if not len(tokens):
+            return np.zeros((0, min(count, len(self))), np.int32)
+        # An index would hold the centroids a second time, and search them in the same way.
+        found = faiss.knn(np.ascontiguousarray(tokens, dtype=np.float32), self.centroids, min(count, len(self)))[1]
         return np.asarray(found, dtype=np.int32)

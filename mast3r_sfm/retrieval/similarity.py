@@ -16,7 +16,7 @@ from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.progress import Progress
 from mast3r_sfm.retrieval.coded import CodedImages
-from mast3r_sfm.retrieval.features import describe_images, learn_vocabulary
+from mast3r_sfm.retrieval.features import Vocabulary, describe_images, learn_vocabulary
 from mast3r_sfm.retrieval.nearest import NearestImages, RunningNearest
 from mast3r_sfm.retrieval.postings import PostingsBuilder
 from mast3r_sfm.types import Encoding, Float32, Float64
@@ -190,16 +190,18 @@ def measure_similarity(
     seed: int,
     progress: Progress,
     threads: int = 1,
+    vocabulary: Vocabulary | None = None,
 ) -> Similarity:
     """Similarity of every two images.
 
     Args:
-        encodings: one per image; may read them from disk, each is asked for twice and none is kept.
+        encodings: one per image; may read them from disk, each is asked for twice at most and none is kept.
         config: settings of the stage.
         model_tokens: tokens of highest attention that suit the model, used where the config leaves it open.
         seed: of the tokens that the codebook is learnt from, and of its first centroids.
         progress: told of two steps per image.
         threads: that score images side by side; the result does not depend on their number.
+        vocabulary: what tokens are compared by; None: it is learnt from the collection.
 
     Returns:
         A symmetric similarity, as a matrix up to `LARGEST_MATRIX` images. An image without tokens is similar to
@@ -208,7 +210,11 @@ def measure_similarity(
     Raises:
         ShapeError: the encodings differ in their number of channels.
     """
-    images = _code_images(encodings, config, model_tokens, seed, progress, threads)
+    if vocabulary is not None:
+        progress.advance(len(encodings))  # the look at each image that learning takes
+    else:
+        vocabulary = learn_vocabulary(encodings, config, config.tokens_per_image or model_tokens, seed, progress)
+    images = _code_images(encodings, vocabulary, progress, threads)
     if len(images) > LARGEST_MATRIX:
         return StreamedSimilarity(images, kept=max(NEAREST_KEPT, config.neighbours))
     values = np.empty((len(images), len(images)), np.float32)
@@ -235,10 +241,8 @@ def shown_matrix(similarity: Similarity) -> Float32:
 
 
 def _code_images(
-    encodings: Sequence[Encoding], config: PairsConfig, model_tokens: int, seed: int, progress: Progress, threads: int
+    encodings: Sequence[Encoding], vocabulary: Vocabulary | None, progress: Progress, threads: int
 ) -> CodedImages:
-    tokens = config.tokens_per_image or model_tokens
-    vocabulary = learn_vocabulary(encodings, config, tokens, seed, progress)
     words = len(vocabulary.codebook) if vocabulary else 0
     database, query = PostingsBuilder(words), PostingsBuilder(words)
     if vocabulary is None:

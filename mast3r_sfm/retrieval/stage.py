@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.progress import Progress, steps
+from mast3r_sfm.retrieval.features import Vocabulary
 from mast3r_sfm.retrieval.graph import (
     connected,
     exhaustive_graph,
@@ -59,6 +60,7 @@ def choose_pairs(
     seed: int,
     progress: Progress,
     threads: int = 1,
+    vocabulary: Vocabulary | None = None,
 ) -> ChosenPairs:
     """Decide which pairs of images are to be matched.
 
@@ -74,6 +76,7 @@ def choose_pairs(
         seed: of the tokens that the codebook is learnt from, and of its first centroids.
         progress: told of two steps per image, and of what was decided.
         threads: that score images side by side; the result does not depend on their number.
+        vocabulary: what tokens are compared by; None: it is learnt from the collection.
 
     Raises:
         ShapeError: the encodings differ in their number of channels.
@@ -87,7 +90,13 @@ def choose_pairs(
             if (pairs := _given_pairs(source, photos, config, progress)) is not None
         }
         similarity = measure_similarity(
-            encodings, config, model_tokens=model_tokens, seed=seed, progress=progress, threads=threads
+            encodings,
+            config,
+            model_tokens=model_tokens,
+            seed=seed,
+            progress=progress,
+            threads=threads,
+            vocabulary=vocabulary,
         )
         graph = _joined_graph(given, similarity, config)
         spare = _RESERVE * config.neighbours if config.second_round and config.sources != ("file",) else 0

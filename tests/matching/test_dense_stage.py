@@ -31,6 +31,7 @@ class Numbered:
     name = "numbered"
     fingerprint = "0" * 64
     retrieval_tokens = 1
+    token_channels = 1
     images_at_once = 1
     preparation = Preparation(size_px=8)
 

@@ -53,6 +53,7 @@ class PixelModel:
     name = "pixels"
     fingerprint = "0" * 64
     retrieval_tokens = 1
+    token_channels = 1
     images_at_once = 3
     preparation = Preparation(size_px=40)
 

@@ -10,11 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mast3r_sfm import config as module
-from mast3r_sfm.config import Config, PairsConfig, RunOptions, fingerprint, read_toml
+from mast3r_sfm.config import PAIR_SOURCES, Config, PairsConfig, RunOptions, fingerprint, read_toml
 from mast3r_sfm.errors import ConfigError
 
 STAGES = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
-SETTINGS = [f"{stage}.{field.name}" for stage in STAGES for field in dataclasses.fields(get_type_hints(Config)[stage])]
+SETTINGS = [
+    f"{stage}.{field.name}"
+    for stage in STAGES
+    for field in dataclasses.fields(get_type_hints(Config)[stage])
+    if (stage, field.name) != ("pairs", "file")  # goes with a source of pairs only
+]
 
 
 def is_valid(name: str, value: object) -> bool:
@@ -38,6 +43,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return (st.integers(1, 100) | st.integers(0, 2**62)).filter(lambda value: is_valid(name, value))
     if kind is bool:
         return st.booleans()
+    if name == "pairs.source":
+        return st.lists(st.sampled_from([one for one in PAIR_SOURCES if one != "file"]), min_size=1).map(",".join)
     return st.text(st.characters(exclude_categories=["C"]), min_size=1)
 
 
