@@ -15,7 +15,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.retrieval.postings import Postings, PostingsBuilder, overlap, weight_of_distance
+from mast3r_sfm.retrieval.postings import Entries, Postings, PostingsBuilder, overlap, planes_of, weight_of_distance
 from mast3r_sfm.types import Float32, Float64, Int32, Int64
 
 ALPHA = 3.0
@@ -89,12 +89,17 @@ def score(query: BinaryFeatures, database: BinaryFeatures, *, alpha: float = ALP
     Returns:
         [query images, database images] in [0, 1]; not symmetric where both sides were assigned differently.
     """
-    words = 1 + max(query.word.max(initial=-1), database.word.max(initial=-1))
-    asked, listed = invert(query, words), invert(database, words)
-    entries = asked.entries(np.arange(query.num_images))
+    listed = invert(database, 1 + max(query.word.max(initial=-1), database.word.max(initial=-1)))
+    entries = Entries(
+        num_images=query.num_images,
+        image=query.image.astype(np.int64),
+        word=query.word,
+        code=planes_of(query.code),
+    )
     weight = weight_of_distance(listed.bits, alpha)
     total = overlap(entries, listed, weight, listed.start[1:], database.num_images)
-    return normalise(total, asked.entries_per_image(), listed.entries_per_image()).astype(np.float32)
+    asked = np.bincount(query.image, minlength=query.num_images)
+    return normalise(total, asked, listed.entries_per_image()).astype(np.float32)
 
 
 def invert(features: BinaryFeatures, num_words: int) -> Postings:

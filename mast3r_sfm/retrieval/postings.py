@@ -16,6 +16,8 @@ Codes = NDArray[np.unsignedinteger[Any]]
 
 # Code pairs compared at once: the working set stays within the processor's cache.
 _PAIRS_AT_ONCE = 1 << 15
+# Below this length, reading lists element by element is faster than list by list.
+_SHORT = 16
 # Sums of weights on this grid are exact in float64 up to four million words, and so the same in any order: neither
 # blocks nor threads change a bit of a score. It is a thousandth of what a score is rounded to in float32.
 _GRID = 2.0**-30
@@ -33,7 +35,7 @@ class Entries:
     word: Int32
     """[E]."""
     code: tuple[Codes, ...]
-    """W planes [E]."""
+    """W planes [E] as in `Postings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +96,17 @@ class PostingsBuilder:
         Raises:
             ShapeError: the length of the codes changes.
         """
-        packed = _widest(code)
+        planes = planes_of(code)
         if self._planes is None:
-            self._planes = tuple(np.empty(0, packed.dtype) for _ in range(packed.shape[1]))
-        before, now = _bits(self._planes), 32 * code.shape[1]
+            self._planes = tuple(np.empty(0, plane.dtype) for plane in planes)
+        before, now = _bits(self._planes), _bits(planes)
         if before != now:
             raise ShapeError(f"codes of {now} bits after codes of {before}")
         first, self._filled = self._filled, self._filled + len(word)
         if self._filled > len(self._word):
             self._resize(int(_GROWTH * self._filled))
         self._word[first : self._filled] = word
-        for plane, part in zip(self._planes, packed.T, strict=True):
+        for plane, part in zip(self._planes, planes, strict=True):
             plane[first : self._filled] = part
         self._counts.append(np.bincount(image, minlength=num_images))
 
@@ -156,22 +158,45 @@ def overlap(entries: Entries, postings: Postings, weight: Float64, stop: Int64, 
     length = stop[entries.word] - begin
     offset = entries.image * columns
     for size, chosen in _runs(length):
-        at = begin[chosen]
-        differ = _distances(postings.code, at, size, [plane[chosen] for plane in entries.code])
-        cell = _lists(postings.image, size)[at] + offset[chosen][:, None]
+        lists = _Lists(begin[chosen], size)
+        differ = _distances(postings.code, lists, [plane[chosen] for plane in entries.code])
+        cell = lists.read(postings.image) + lists.beside(offset[chosen])
         np.add.at(cells, cell.ravel(), weight[differ.ravel()])
     return result
 
 
-def _distances(
-    planes: Sequence[Codes], at: Int64, size: int, codes: Sequence[Codes]
-) -> NDArray[np.unsignedinteger[Any]]:
-    """[n, size] Hamming distances of codes (W planes [n]) to the lists [at, at + size) of W planes [E]."""
-    total: NDArray[np.unsignedinteger[Any]] = np.zeros((len(at), size), np.uint8 if len(planes) == 1 else np.uint16)
+class _Lists:
+    """n lists of one length: arrays [n, length] or, where that is short, [length, n], so that inner loops are long."""
+
+    def __init__(self, at: Int64, size: int) -> None:
+        """Lists that begin at `at` [n]."""
+        self._size = size
+        self._windows = size >= _SHORT
+        self._at = at if self._windows else at + np.arange(size)[:, None]
+        self.shape = (len(at), size) if self._windows else (size, len(at))
+
+    def read(self, values: NDArray[Any]) -> NDArray[Any]:
+        """What stands in the lists, of values [E] for all postings."""
+        if not self._windows:
+            return values[self._at]
+        # A view whose row i holds values[i : i + size]; what numpy has for it takes ten times as long to make.
+        (stride,) = values.strides
+        shape = (len(values) - self._size + 1, self._size)
+        return np.ndarray(shape, values.dtype, values.data, strides=(stride, stride))[self._at]
+
+    def beside(self, values: NDArray[Any]) -> NDArray[Any]:
+        """One value [n] for each list, to be joined with what `read` gives."""
+        return values[:, None] if self._windows else values
+
+
+def _distances(planes: Sequence[Codes], lists: _Lists, codes: Sequence[Codes]) -> NDArray[np.unsignedinteger[Any]]:
+    """Hamming distances of codes (W planes [n]) to those in n lists of W planes [E]."""
+    # A byte counts to 255.
+    total: NDArray[np.unsignedinteger[Any]] = np.zeros(lists.shape, np.uint8 if len(planes) == 1 else np.uint16)
     for plane, code in zip(planes, codes, strict=True):
-        lists = _lists(plane, size)[at]
-        np.bitwise_xor(lists, code[:, None], out=lists)
-        total += np.bitwise_count(lists)
+        listed = lists.read(plane)
+        np.bitwise_xor(listed, lists.beside(code), out=listed)
+        total += np.bitwise_count(listed)
     return total
 
 
@@ -187,17 +212,12 @@ def _runs(length: Int64) -> Iterator[tuple[int, Int64]]:
             yield size, chosen[low : low + step]
 
 
-def _lists(values: NDArray[Any], size: int) -> NDArray[Any]:
-    """[len − size + 1, size] view: row i holds values[i : i + size]. What numpy has for it takes ten times as long."""
-    (stride,) = values.strides
-    return np.ndarray((len(values) - size + 1, size), values.dtype, values.data, strides=(stride, stride))
-
-
 def _bits(planes: Sequence[Codes]) -> int:
     return sum(8 * plane.itemsize for plane in planes)
 
 
-def _widest(code: NDArray[np.uint32]) -> Codes:
-    # Half as many operations on 64 bits at once, where the width allows it.
+def planes_of(code: NDArray[np.uint32]) -> tuple[Codes, ...]:
+    """Views [E] of the 64 bits, or where the width does not allow it 32, that stand first, second … in codes [E, W]."""
     code = np.ascontiguousarray(code)
-    return code.view(np.uint64) if code.shape[1] and code.shape[1] % 2 == 0 else code
+    packed = code.view(np.uint64) if code.shape[1] and code.shape[1] % 2 == 0 else code
+    return tuple(packed.T)

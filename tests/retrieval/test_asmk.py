@@ -68,8 +68,9 @@ def test_the_size_of_a_block_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     tokens, image, words, centroids = _collection(5, 9, 64)
     features = describe(tokens, image, words, centroids, 9)
     whole = score(features, features)
-    for limit in (1, 7, 50):
+    for limit, short in ((1, 0), (7, 3), (50, 100)):
         monkeypatch.setattr(postings, "_PAIRS_AT_ONCE", limit)
+        monkeypatch.setattr(postings, "_SHORT", short)
         np.testing.assert_array_equal(score(features, features), whole)
 
 

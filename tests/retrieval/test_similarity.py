@@ -57,6 +57,7 @@ def _make_blocks_small(patch: pytest.MonkeyPatch) -> None:
     """One row, and a few pairs of codes, at a time."""
     patch.setattr(coded, "_CELLS_AT_ONCE", 40)
     patch.setattr(postings, "_PAIRS_AT_ONCE", 5)
+    patch.setattr(postings, "_SHORT", 4)
     patch.setattr(similarity, "_PAIRS_AT_ONCE", 7)
     patch.setattr(similarity, "_ROWS_AT_ONCE", 3)
 
