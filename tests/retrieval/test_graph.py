@@ -104,6 +104,14 @@ def test_reasons_by_hand() -> None:
     assert graph.reason.tolist() == [Reason.NEAREST] * 3 + [Reason.NEIGHBOUR] * 2
 
 
+def test_what_is_near_an_image_stands_in_its_row() -> None:
+    similarity = np.array([[1, 0.1, 0.2], [0.1, 1, 0.6], [0.5, 0.3, 1]], np.float32)
+    graph = retrieval_graph(similarity, keyframes=2, neighbours=1, start=0)
+    assert graph.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert graph.reason.tolist() == [Reason.KEYFRAME, Reason.NEAREST, Reason.NEIGHBOUR]
+    np.testing.assert_allclose(graph.score, [0.1, 0.35, 0.45])
+
+
 def test_bridges_by_hand() -> None:
     parts = ViewGraph(
         num_images=4,

@@ -16,7 +16,7 @@ import pytest
 from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ConfigError, InputError, ShapeError
 from mast3r_sfm.progress import Progress, SilentProgress
-from mast3r_sfm.retrieval import ChosenPairs, choose_pairs, features
+from mast3r_sfm.retrieval import ChosenPairs, choose_pairs, coded, features, similarity
 from mast3r_sfm.types import Encoding, Float32, ImageRecord, ImageSet, PixelTransform, Reason, ViewGraph
 
 CHANNELS = 24
@@ -141,6 +141,23 @@ def test_the_same_input_gives_the_same_result() -> None:
     np.testing.assert_array_equal(first[1], again[1])
     np.testing.assert_array_equal(first[0].pairs, again[0].pairs)
     assert (other[1] != first[1]).any()
+
+
+@pytest.mark.parametrize("largest", [26, 25])
+def test_neither_blocks_nor_a_missing_matrix_change_the_pairs(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    encodings, photos = _places(PHOTOS), _photos([f"{index:02}.jpg" for index in range(26)])
+    settings: dict[str, Any] = {"config": SMALL, "model_tokens": 150, "seed": 0, "progress": SilentProgress()}
+    whole = choose_pairs(encodings, photos, **settings)
+    monkeypatch.setattr(similarity, "LARGEST_MATRIX", largest)
+    monkeypatch.setattr(similarity, "NEAREST_KEPT", 4)
+    monkeypatch.setattr(similarity, "SHOWN", 6)
+    monkeypatch.setattr(coded, "_CELLS_AT_ONCE", 3 * 26)
+    parts = choose_pairs(encodings, photos, **settings, threads=2)
+    for name in ("pairs", "score", "reason"):
+        np.testing.assert_array_equal(getattr(parts.graph, name), getattr(whole.graph, name))
+        np.testing.assert_array_equal(getattr(parts.reserve, name), getattr(whole.reserve, name))
+    shown = np.arange(26) if largest == 26 else np.arange(0, 26, 5)
+    np.testing.assert_array_equal(parts.similarity, whole.similarity[np.ix_(shown, shown)])
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
