@@ -302,7 +302,7 @@ class _Run:
         matcher = match_stage.Matcher(
             checker=checker,
             num_images=len(photos),
-            friends=max(self.config.pairs.neighbours // 2, 1),
+            friends=max(self.config.pairs.neighbours // 3, 1),
             detect_sift=partial(self._detect_sift, photos),
         )
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
