@@ -44,6 +44,10 @@ class PrepareConfig:
         _require(self.max_pixels > 0, "prepare.max_pixels", self.max_pixels, "must be positive")
 
 
+KEYPOINTS, MOST_KEYPOINTS = 4096, 8192
+"""Of each image, in collections of ten photos and more, and in the smallest ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """What the network sees."""
@@ -52,8 +56,9 @@ class EncodeConfig:
     """auto, xfeat, mast3r, other official weights, or the path of a checkpoint."""
     max_size_px: int = 0
     """Long side of the photo as the network sees it, at most; 0 = what suits the model (xfeat: 1024)."""
-    keypoints: int = 4096
-    """Keypoints kept per image, the strongest first (models with keypoints)."""
+    keypoints: int = 0
+    """Keypoints kept per image, the strongest first (models with keypoints); 0 = 4096, and up to 8192 of fewer than ten
+    photos: four of a façade are placed three times as well, ten and more no better."""
 
     def __post_init__(self) -> None:
         _require(
@@ -62,7 +67,16 @@ class EncodeConfig:
             self.max_size_px,
             "must be 0 (auto) or at least 64",
         )
-        _require(self.keypoints >= 64, "encode.keypoints", self.keypoints, "must be at least 64")
+        _require(
+            self.keypoints == 0 or self.keypoints >= 64,
+            "encode.keypoints",
+            self.keypoints,
+            "must be 0 (auto) or at least 64",
+        )
+
+    def keypoints_of(self, num_images: int) -> int:
+        """How many keypoints each image of a collection of `num_images` keeps."""
+        return self.keypoints or min(max(10 * KEYPOINTS // max(num_images, 1), KEYPOINTS), MOST_KEYPOINTS)
 
 
 PAIR_SOURCES = ("retrieval", "exhaustive", "sequential", "swin", "file", "gps")

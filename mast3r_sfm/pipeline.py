@@ -178,7 +178,7 @@ class _Run:
             self.left_out = photos.left_out
             report.key = fingerprint(self.config.prepare, [dataclasses.asdict(record) for record in photos.records])
             report.counts = {"photos": len(photos) + len(photos.left_out), "usable": len(photos)}
-        model = self._load_model()
+        model = self._load_model(len(photos))
         with self.recorder.stage("encode") as report:
             encodings = self._encode(photos, model, report)
         with self.recorder.stage("pairs") as report:
@@ -216,7 +216,7 @@ class _Run:
         with self.recorder.stage("export") as report:
             self._export(models, photos, matches, report)
 
-    def _load_model(self) -> PairModel:
+    def _load_model(self, num_images: int) -> PairModel:
         name = resolve_name(self.config.encode.model)
         model = load_model(
             name,
@@ -224,7 +224,7 @@ class _Run:
             dtype=self.config.match.dtype,
             tf32=self.options.tf32,
             compiled=self.options.compiled,
-            config=self.config.encode,
+            config=dataclasses.replace(self.config.encode, keypoints=self.config.encode.keypoints_of(num_images)),
         )
         self.model_name, self.model_fingerprint = model.name, model.fingerprint
         self.matching = resolve_resolution(self.config.match, model, resolve_device(self.options.device).type)
@@ -303,7 +303,7 @@ class _Run:
         matcher = match_stage.Matcher(
             checker=checker,
             num_images=len(photos),
-            friends=max(self.config.pairs.neighbours // 2, 1),
+            friends=max(self.config.pairs.neighbours // 3, 1),
             detect_sift=partial(self._detect_sift, photos),
         )
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mast3r_sfm.config import DecoderType, EncodeConfig
+from mast3r_sfm.config import KEYPOINTS, DecoderType, EncodeConfig
 from mast3r_sfm.errors import ConfigError, WeightsError
 from mast3r_sfm.models.base import PairModel
 from mast3r_sfm.models.weights import CATALOGUE, find_weights, mast3r_problem, missing_text
@@ -94,7 +94,7 @@ def load_model(
     if path is None:
         from mast3r_sfm.models.xfeat.model import XFeatModel
 
-        return XFeatModel(config.keypoints, place, config.max_size_px)
+        return XFeatModel(config.keypoints or KEYPOINTS, place, config.max_size_px)
     from mast3r_sfm.models.mast3r.checkpoint import read_checkpoint
     from mast3r_sfm.models.mast3r.model import Mast3rModel, Precision
 

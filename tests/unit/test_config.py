@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mast3r_sfm import config as module
-from mast3r_sfm.config import PAIR_SOURCES, Config, PairsConfig, RunOptions, fingerprint, read_toml
+from mast3r_sfm.config import PAIR_SOURCES, Config, EncodeConfig, PairsConfig, RunOptions, fingerprint, read_toml
 from mast3r_sfm.errors import ConfigError
 
 STAGES = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
@@ -206,3 +206,10 @@ def test_fingerprint_refuses_what_has_no_fixed_text() -> None:
         fingerprint(object())
     with pytest.raises(ValueError, match="JSON"):
         fingerprint(float("nan"))
+
+
+def test_few_photos_keep_more_keypoints() -> None:
+    assert [EncodeConfig().keypoints_of(count) for count in (1, 2, 5, 8, 9, 10, 5000)] == [
+        *(8192, 8192, 8192, 5120, 4551, 4096, 4096)
+    ]
+    assert EncodeConfig(keypoints=100).keypoints_of(2) == 100
