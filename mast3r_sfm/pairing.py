@@ -17,7 +17,7 @@ from mast3r_sfm.retrieval.stage import ChosenPairs, choose_pairs
 from mast3r_sfm.storage.cache import Arrays, StageCache
 from mast3r_sfm.types import Encoding, ImageSet, ViewGraph
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mast3r_sfm.config import PairsConfig
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.progress import Progress
 from mast3r_sfm.retrieval.coded import CodedImages
-from mast3r_sfm.retrieval.features import Vocabulary, describe_images, learn_vocabulary
+from mast3r_sfm.retrieval.features import Vocabulary, describe_images, learn_vocabulary, suitable_tokens
 from mast3r_sfm.retrieval.nearest import NearestImages, RunningNearest
 from mast3r_sfm.retrieval.postings import PostingsBuilder
 from mast3r_sfm.types import Encoding, Float32, Float64
@@ -213,7 +213,9 @@ def measure_similarity(
     if vocabulary is not None:
         progress.advance(len(encodings))  # the look at each image that learning takes
     else:
-        vocabulary = learn_vocabulary(encodings, config, config.tokens_per_image or model_tokens, seed, progress)
+        vocabulary = learn_vocabulary(
+            encodings, config, config.tokens_per_image or suitable_tokens(model_tokens, len(encodings)), seed, progress
+        )
     images = _code_images(encodings, vocabulary, progress, threads)
     if len(images) > LARGEST_MATRIX:
         return StreamedSimilarity(images, kept=max(NEAREST_KEPT, config.neighbours))

@@ -382,3 +382,9 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 def test_keyframes_fit_the_collection() -> None:
     assert [PairsConfig().keyframes_of(count) for count in (3, 40, 41, 60, 100, 5000)] == [8, 8, 8, 12, 20, 20]
     assert PairsConfig(keyframes=5).keyframes_of(5000) == 5
+
+
+def test_large_collections_get_fewer_tokens_per_image() -> None:
+    counts = [features.suitable_tokens(2000, images) for images in (0, 1, 500, 1000, 3333, 100_000)]
+    assert counts == [2000, 2000, 2000, 1000, 300, 300]
+    assert features.suitable_tokens(100, 100_000) == 100
