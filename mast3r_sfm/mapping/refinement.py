@@ -22,6 +22,10 @@ from scipy.spatial import cKDTree
 from mast3r_sfm.mapping.patches import Patches, align_patches, cut_windows, smooth
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
 
+FINEST_SHARE, COARSEST_SHARE = 750.0, 500.0
+"""Of a photo's long side, by which the pixels of patches are apart at most: patches are 2 and 3 % of it wide."""
+MIN_SPACING = 0.5
+"""Photo pixels between those of a patch, at least: the photos have no more to show."""
 SMOOTHING = 1.0
 """Of the photos, in pixels of the patches."""
 MIN_CORRELATION = 0.6
@@ -98,19 +102,19 @@ class Refiner:
     """Photo pixels per pixel of matching: how far observations may be off."""
     threads: int
 
-    at_full_resolution: bool = False
-    """Observations are known to a pixel or so of the photo, and no coarser level is needed."""
+    def levels(self, long_side_px: float) -> list[float]:
+        """Photo pixels per pixel of the patches, from coarse to fine, for photos of a long side.
 
-    @property
-    def levels(self) -> list[float]:
-        """Photo pixels per pixel of the patches, from coarse to the full resolution."""
-        if self.at_full_resolution:
-            return [1.0]
-        levels, level = [], 2.0 * max(self.pixel_scale, 1.0)
-        while level >= 1.5:
+        Finest is the full resolution of photos that have enough of it. In smaller ones, a patch of so many pixels would
+        show too much of the surface to be flat, and its pixels lie closer than theirs.
+        """
+        finest = min(max(long_side_px / FINEST_SHARE, MIN_SPACING), 1.0)
+        level = min(2.0 * max(self.pixel_scale, 1.0), max(long_side_px / COARSEST_SHARE, finest))
+        levels = []
+        while level >= 1.5 * finest:
             levels.append(level)
             level /= 2
-        return [*levels, 1.0]
+        return [*levels, finest]
 
     def refine(self, tracks: Tracks, geometry: Geometry) -> Refined:
         """Align all observations of the tracks of one model.
@@ -122,8 +126,8 @@ class Refiner:
         xy, kept = tracks.xy.copy(), np.ones(len(tracks.xy), bool)
         if not len(xy):
             return Refined(xy=xy, kept=kept)
-        plan = _plan(tracks, geometry, reach=self.levels[0])
         images = np.unique(tracks.image).tolist()
+        plan = _plan(tracks, geometry, self.levels(_long_side(images, geometry)))
         xy[plan.moving], kept[plan.moving] = self._align_all(tracks, plan, images, _MATCHED)
         return Refined(xy=xy, kept=kept)
 
@@ -149,9 +153,11 @@ class Refiner:
             return expected
         both = tracks.joined(expected)
         new = np.arange(len(tracks.point), len(both.point))
-        plan = _alike(_planned(both, geometry, (reference, new), _normals(tracks.points, mean), reach=2.0))
-        full = replace(self, at_full_resolution=True)
-        xy, found = full._align_all(both, plan, np.unique(tracks.image).tolist(), _EXPECTED)
+        images = np.unique(tracks.image).tolist()
+        # Places are known to a pixel or so, and no coarser level is needed.
+        levels = self.levels(_long_side(images, geometry))[-1:]
+        plan = _alike(_planned(both, geometry, (reference, new), _normals(tracks.points, mean), levels))
+        xy, found = self._align_all(both, plan, images, _EXPECTED)
         rows = plan.moving[found] - len(tracks.point)
         return Tracks(
             points=tracks.points,
@@ -175,7 +181,7 @@ class Refiner:
     def _cut_all(self, pool: Executor, tracks: Tracks, plan: _Plan, images: Sequence[int]) -> list[torch.Tensor]:
         """Per level, the windows [K, …] of all points in their reference's photo."""
         work = {image: np.flatnonzero(tracks.image[plan.reference] == image) for image in images}
-        cuts = pool.map(lambda image: self._cut(image, tracks.xy[plan.reference[work[image]]]), images)
+        cuts = pool.map(lambda image: self._cut(image, tracks.xy[plan.reference[work[image]]], plan.levels), images)
         windows: list[torch.Tensor] = []
         for image, cut in zip(images, cuts, strict=True):
             windows = windows or [level.new_zeros((len(plan.reference), *level.shape[1:])) for level in cut]
@@ -184,9 +190,9 @@ class Refiner:
         return windows
 
     @torch.inference_mode()
-    def _cut(self, image: int, xy: Float64) -> list[torch.Tensor]:
+    def _cut(self, image: int, xy: Float64, levels: Sequence[float]) -> list[torch.Tensor]:
         grey, places = torch.from_numpy(self.load_grey(image)), torch.from_numpy(xy).float()
-        return [cut_windows(smooth(grey, SMOOTHING * level), places, level) for level in self.levels]
+        return [cut_windows(smooth(grey, SMOOTHING * level), places, level) for level in levels]
 
     @torch.inference_mode()
     def _align(
@@ -197,7 +203,7 @@ class Refiner:
         affine, start = torch.from_numpy(plan.affine[mine]).float(), torch.from_numpy(plan.start[mine]).float()
         point, good = torch.from_numpy(plan.point[mine]), torch.from_numpy(plan.usable[mine])
         place = start
-        for level, cut in zip(self.levels, windows, strict=True):
+        for level, cut in zip(plan.levels, windows, strict=True):
             found = align_patches(smooth(grey, SMOOTHING * level), Patches.prepare(cut[point]), level * affine, place)
             place = found.xy
         good &= found.converged & (found.correlation > trust.correlation) & (found.uncertainty < trust.uncertainty)
@@ -221,18 +227,25 @@ class _Plan:
     """[R, 2] where the observation is expected."""
     usable: Bool
     """[R]: the affine map is one that a patch survives."""
+    levels: Sequence[float]
+    """Photo pixels per pixel of the patches, from coarse to fine."""
 
 
-def _plan(tracks: Tracks, geometry: Geometry, reach: float) -> _Plan:
+def _long_side(images: Sequence[int], geometry: Geometry) -> float:
+    """Photo pixels: the median of the images."""
+    return float(np.median([max(geometry.size(image)) for image in images]))
+
+
+def _plan(tracks: Tracks, geometry: Geometry, levels: Sequence[float]) -> _Plan:
     """All observations aligned to the most central one of their point."""
     reference, mean = _central_views(tracks, _towards_cameras(tracks, geometry))
     is_moving = np.ones(len(tracks.point), bool)
     is_moving[reference] = False
-    return _planned(tracks, geometry, (reference, np.flatnonzero(is_moving)), _normals(tracks.points, mean), reach)
+    return _planned(tracks, geometry, (reference, np.flatnonzero(is_moving)), _normals(tracks.points, mean), levels)
 
 
 def _planned(
-    tracks: Tracks, geometry: Geometry, observations: tuple[Int64, Int64], normals: Float64, reach: float
+    tracks: Tracks, geometry: Geometry, observations: tuple[Int64, Int64], normals: Float64, levels: Sequence[float]
 ) -> _Plan:
     """How some observations are aligned to others.
 
@@ -241,17 +254,23 @@ def _planned(
         geometry: its cameras.
         observations: [K] reference of each point; [R] what is aligned.
         normals: [K, 3] of the surface.
-        reach: photo pixels over which the distortion is measured.
+        levels: of the patches.
     """
     reference, moving = observations
-    affine, start = _transfer(tracks, geometry, reference[tracks.point[moving]], moving, normals, reach)
+    affine, start = _transfer(tracks, geometry, reference[tracks.point[moving]], moving, normals, reach=levels[0])
     with np.errstate(invalid="ignore"):
         stretch = np.abs(np.linalg.det(affine))
         usable = np.isfinite(affine).all(axis=(1, 2)) & np.isfinite(start).all(axis=1)
         usable &= (stretch > 1 / _MAX_STRETCH) & (stretch < _MAX_STRETCH)
     affine[~usable], start[~usable] = np.eye(2), tracks.xy[moving[~usable]]
     return _Plan(
-        reference=reference, moving=moving, point=tracks.point[moving], affine=affine, start=start, usable=usable
+        reference=reference,
+        moving=moving,
+        point=tracks.point[moving],
+        affine=affine,
+        start=start,
+        usable=usable,
+        levels=levels,
     )
 
 
@@ -311,8 +330,8 @@ def _alike(plan: _Plan) -> _Plan:
     """The part of a plan in which patches keep about their size."""
     stretch = np.asarray(np.linalg.svd(plan.affine)[1], np.float64)
     alike = plan.usable & (stretch[:, 0] < MAX_VIEW_STRETCH) & (stretch[:, 1] > 1 / MAX_VIEW_STRETCH)
-    return _Plan(
-        reference=plan.reference,
+    return replace(
+        plan,
         moving=plan.moving[alike],
         point=plan.point[alike],
         affine=plan.affine[alike],

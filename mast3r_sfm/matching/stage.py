@@ -22,7 +22,7 @@ from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 PAIRS_PER_CHUNK = 64
 
 
