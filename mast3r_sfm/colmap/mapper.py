@@ -247,7 +247,7 @@ def _is_centred(camera: pycolmap.Camera) -> bool:
 
 
 def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:
-    """Whether a camera's principal point would move less by taking the refined parameters than by going to the middle."""
+    """Whether a camera's principal point is nearer to the refined one than to the middle."""
     camera = reconstruction.camera(number)
     held = np.array([camera.principal_point_x, camera.principal_point_y])
     middle = np.array([camera.width, camera.height]) / 2

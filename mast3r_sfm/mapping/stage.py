@@ -165,7 +165,8 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner) -> ColmapMode
     adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
     if not _holds_all(adjusted, model):
         return model
-    further = mapper.readjust(adjusted.extended(refiner.extend(adjusted.tracks(), adjusted)))
+    recovered = adjusted.extended(refiner.recover(adjusted.tracks(), adjusted, adjusted.lost(model)))
+    further = mapper.readjust(recovered.extended(refiner.extend(recovered.tracks(), recovered)))
     return further if _holds_all(further, model) else adjusted
 
 
