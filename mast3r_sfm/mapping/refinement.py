@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mast3r_sfm.mapping.patches import Patches, align_patches, cut_windows, smooth
+from mast3r_sfm.mapping.patches import RADIUS, Patches, align_patches, cut_windows, smooth
 from mast3r_sfm.mapping.planning import Geometry, Plan, plan_extension, plan_recovery, plan_refinement
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
 
-FINEST_SHARE, COARSEST_SHARE = 750.0, 500.0
-"""Of a photo's long side, by which the pixels of patches are apart at most: patches are 2 and 3 % of it wide."""
+FINEST_SHARE, COARSEST_SHARE = 768.0, 500.0
+"""Of a photo's long side, by which the pixels of patches are apart at most (but no less than a pixel of
+matching on the coarsest level): patches are 2 and 3 % of it wide."""
 MIN_SPACING = 0.5
 """Photo pixels between those of a patch, at least: the photos have no more to show."""
 SMOOTHING = 1.0
@@ -80,8 +81,8 @@ class Refiner:
         show too much of the surface to be flat, and its pixels lie closer than theirs.
         """
         finest = min(max(long_side_px / FINEST_SHARE, MIN_SPACING), 1.0)
-        level = min(2.0 * max(self.pixel_scale, 1.0), max(long_side_px / COARSEST_SHARE, finest))
-        levels = []
+        scale = max(self.pixel_scale, 1.0)
+        level, levels = min(max(long_side_px / COARSEST_SHARE, scale), 2 * scale), []
         while level >= 1.5 * finest:
             levels.append(level)
             level /= 2
@@ -197,7 +198,9 @@ class Refiner:
             found = align_patches(smooth(grey, SMOOTHING * level), Patches.prepare(cut[window]), level * affine, place)
             place = found.xy
         good &= found.converged & (found.correlation > trust.correlation) & (found.uncertainty < trust.uncertainty)
-        good &= (place - start).norm(dim=1) < trust.move * max(self.pixel_scale, 1.0)
+        # Beyond its own width, a patch is found by chance.
+        reach = min(trust.move, RADIUS * plan.levels[-1]) * max(self.pixel_scale, 1.0)
+        good &= (place - start).norm(dim=1) < reach
         return place.double().numpy(), good.numpy()
 
 
