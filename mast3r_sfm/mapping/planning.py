@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,11 @@ MAX_VIEW_STRETCH = 1.5
 double the observations, and cost up to 0.007 of AUC@1: there, the plane is no longer the surface."""
 MIN_SHARED = 15
 """Points that two images share from which a point of one is sought in the other."""
+SAME_DEPTH = 0.02
+"""Relative difference of depths up to which two points side by side lie on one surface."""
 _BORDER = 8.0
+_MIN_REACH = 2.0
+"""Photo pixels over which the distortion is measured."""
 
 
 class Geometry(Protocol):
@@ -79,30 +83,37 @@ def plan_extension(tracks: Tracks, geometry: Geometry, levels: Sequence[float]) 
     """
     directions = _towards_cameras(tracks, geometry)
     reference, mean = _central_views(tracks, directions)
-    expected = _expected(tracks, geometry, directions[reference])
+    central = directions[reference]
+
+    def alike(image: int, points: Int64, _: Float64) -> Bool:
+        towards = geometry.viewing_rays(image, np.zeros((0, 2)))[0] - tracks.points[points]
+        cosine = (towards * central[points]).sum(axis=1) / np.linalg.norm(towards, axis=1).clip(min=1e-12)
+        return np.asarray(cosine > MIN_VIEW_COSINE, np.bool_)
+
+    expected = _expected(tracks, geometry, alike)
     both = tracks.joined(expected)
     new = np.arange(len(tracks.point), len(both.point))
     plan = _planned(both, geometry, _Pairs(reference, new, expected.point), _normals(tracks.points, mean), levels)
     return expected, _alike(plan)
 
 
-def plan_recovery(tracks: Tracks, geometry: Geometry, lost: Tracks, levels: Sequence[float]) -> Plan:
+def plan_completion(tracks: Tracks, geometry: Geometry, sought: Tracks, levels: Sequence[float]) -> Plan:
     """Further observations of the points of a model, aligned to the view of their point that is nearest to them.
 
     Args:
         tracks: of the model.
         geometry: its cameras.
-        lost: at least one observation; each of a point that `tracks` observe.
+        sought: at least one observation; each of a point that `tracks` observe.
         levels: of the patches.
 
     Returns:
-        the plan, of the tracks with the lost ones behind them.
+        the plan, of the tracks with those that are sought behind them.
     """
     directions = _towards_cameras(tracks, geometry)
     _, mean = _central_views(tracks, directions)
-    nearest = _nearest_views(tracks, directions, lost.point, _towards_cameras(lost, geometry))
+    nearest = _nearest_views(tracks, directions, sought.point, _towards_cameras(sought, geometry))
     reference, window = np.unique(nearest, return_inverse=True)
-    both = tracks.joined(lost)
+    both = tracks.joined(sought)
     new = np.arange(len(tracks.point), len(both.point))
     pairs = _Pairs(reference, new, np.asarray(window.ravel(), np.int64))
     return _planned(both, geometry, pairs, _normals(tracks.points, mean), levels)
@@ -127,7 +138,7 @@ def _planned(tracks: Tracks, geometry: Geometry, pairs: _Pairs, normals: Float64
         levels: of the patches.
     """
     references = pairs.reference[pairs.window]
-    affine, start = _transfer(tracks, geometry, references, pairs.moving, normals, reach=levels[0])
+    affine, start = _transfer(tracks, geometry, references, pairs.moving, normals, reach=max(levels[0], _MIN_REACH))
     with np.errstate(invalid="ignore"):
         stretch = np.abs(np.linalg.det(affine))
         usable = np.isfinite(affine).all(axis=(1, 2)) & np.isfinite(start).all(axis=1)
@@ -182,13 +193,39 @@ def _nearest_views(tracks: Tracks, directions: Float64, points: Int64, towards: 
     return nearest
 
 
-def _expected(tracks: Tracks, geometry: Geometry, central: Float64) -> Tracks:
+def seen_beside(tracks: Tracks, geometry: Geometry, radius_px: float) -> Tracks:
+    """Points that images do not observe, but next to which they observe another one of the same depth.
+
+    Two pairs of a dense model hit neighbouring pixels of one place, and their tracks do not meet. What an image sees of
+    one of them says that it sees the other.
+
+    Args:
+        tracks: of a model.
+        geometry: its cameras.
+        radius_px: photo pixels between an observation and where the other point is expected.
+
+    Returns:
+        the same points with the expected observations alone, whose keypoint is -1.
+    """
+
+    def beside(image: int, points: Int64, places: Float64) -> Bool:
+        mine = tracks.image == image
+        distance, nearest = cKDTree(tracks.xy[mine]).query(places)
+        observed = tracks.points[tracks.point[mine]][nearest]
+        centre, _ = geometry.viewing_rays(image, np.zeros((0, 2)))
+        depth, other = (np.linalg.norm(some - centre, axis=1) for some in (tracks.points[points], observed))
+        return np.asarray((distance < radius_px) & (np.abs(depth - other) < SAME_DEPTH * other), np.bool_)
+
+    return _expected(tracks, geometry, beside)
+
+
+def _expected(tracks: Tracks, geometry: Geometry, wanted: Callable[[int, Int64, Float64], Bool]) -> Tracks:
     """Where images should show points that they share with others but did not match.
 
     Args:
         tracks: of a model.
         geometry: its cameras.
-        central: [K, 3] direction from each point to its central view; images that see it at a wider angle are left out.
+        wanted: of an image, and of [M] points that it should show at [M, 2] pixels, which are sought there [M].
     """
     images, column = np.unique(tracks.image, return_inverse=True)
     ones = np.ones(len(tracks.point), np.int32)
@@ -199,14 +236,13 @@ def _expected(tracks: Tracks, geometry: Geometry, central: Float64) -> Tracks:
         near = np.asarray(sees @ shared[:, number], np.int32) > 0
         near[tracks.point[tracks.image == one]] = False
         points = np.flatnonzero(near)
-        towards = geometry.viewing_rays(one, np.zeros((0, 2)))[0] - tracks.points[points]
-        cosine = (towards * central[points]).sum(axis=1) / np.linalg.norm(towards, axis=1).clip(min=1e-12)
-        points = points[cosine > MIN_VIEW_COSINE]
         places = geometry.project(one, tracks.points[points])
         inside = ((places > _BORDER) & (places < np.array(geometry.size(one)) - _BORDER)).all(axis=1)
-        point.append(points[inside])
-        image.append(np.full(int(inside.sum()), one))
-        xy.append(places[inside])
+        points, places = points[inside], places[inside]
+        sought = wanted(one, points, places)
+        point.append(points[sought])
+        image.append(np.full(int(sought.sum()), one))
+        xy.append(places[sought])
     joined = np.concatenate(point)
     return Tracks(
         points=tracks.points,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mast3r_sfm.mapping.patches import RADIUS, Patches, align_patches, cut_windows, smooth
-from mast3r_sfm.mapping.planning import Geometry, Plan, plan_extension, plan_recovery, plan_refinement
+from mast3r_sfm.mapping.planning import Geometry, Plan, plan_completion, plan_extension, plan_refinement, seen_beside
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
 
 FINEST_SHARE, COARSEST_SHARE = 768.0, 500.0
@@ -32,6 +32,8 @@ MIN_CORRELATION = 0.6
 façades and objects little; on a drive straight ahead they take the error of the focal length from 6 to 1 %."""
 MAX_MOVE = 6.0
 """Pixels of matching between where an observation is found and where the model expects it."""
+BESIDE = 2.0
+"""Pixels of matching by which the matches of two pairs may miss each other on one place."""
 MAX_UNCERTAINTY = 1.0
 """Pixels of the patch."""
 
@@ -50,8 +52,6 @@ class _Trust:
 _MATCHED = _Trust(correlation=MIN_CORRELATION, move=MAX_MOVE, uncertainty=MAX_UNCERTAINTY)
 _EXPECTED = _Trust(correlation=0.85, move=1.0, uncertainty=0.3)
 """Stricter, since no match speaks for it: a second detection in the same photo is all that would."""
-_RECOVERED = _Trust(correlation=MIN_CORRELATION, move=1.0, uncertainty=0.3)
-"""A match speaks for it; but the model knows by now where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,29 +102,33 @@ class Refiner:
         xy[plan.moving], kept[plan.moving] = self._align_all(tracks, plan, _MATCHED)
         return Refined(xy=xy, kept=kept)
 
-    def recover(self, tracks: Tracks, geometry: Geometry, lost: Tracks) -> Tracks:
-        """Align once more, now that the model is better, what did not align before.
+    def complete(self, tracks: Tracks, geometry: Geometry, lost: Tracks) -> Tracks:
+        """Find what tracks lack though matches speak for it, now that the model is better.
 
-        This time each observation is aligned to the view of its point that is nearest to it, and from where the model
-        expects it.
+        That is what did not align before, and points next to which an image observes another one. Each is aligned to
+        the view of its point that is nearest to it, from where the model expects it.
 
         Args:
             tracks: of a model that was adjusted to refined observations.
             geometry: its cameras.
-            lost: the same points, with observations that matches speak for and that the model does not have.
+            lost: the same points, with observations that they had before.
 
         Returns:
-            those of `lost` that aligned, in their order, where they were found.
+            the same points with what was found: of the lost ones, and others, whose keypoint is -1.
         """
-        if not len(lost.point):
-            return lost
-        plan = plan_recovery(tracks, geometry, lost, self.levels(_long_side(tracks, geometry))[-1:])
-        xy, found = self._align_all(tracks.joined(lost), plan, _RECOVERED)
+        if not len(tracks.point):
+            return tracks
+        radius_px = BESIDE * max(self.pixel_scale, 1.0)
+        sought = lost.joined(seen_beside(tracks.joined(lost), geometry, radius_px))
+        if not len(sought.point):
+            return sought
+        plan = plan_completion(tracks, geometry, sought, self.levels(_long_side(tracks, geometry))[-1:])
+        xy, found = self._align_all(tracks.joined(sought), plan, _EXPECTED)
         return Tracks(
-            points=lost.points,
-            point=lost.point[found],
-            image=lost.image[found],
-            keypoint=lost.keypoint[found],
+            points=sought.points,
+            point=sought.point[found],
+            image=sought.image[found],
+            keypoint=sought.keypoint[found],
             xy=xy[found],
         )
 
