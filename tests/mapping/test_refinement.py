@@ -326,7 +326,7 @@ def turned(cameras: Pinholes, image: int, angle: float) -> Pinholes:
 def large() -> Set:
     """As if matched at a quarter of the photos' size."""
     texture = Texture(shortest=0.025, longest=0.6, waves=20)
-    return of_surface(Surface(texture=texture, bumps=0.1), arc(3, focal_px=1040.0, width_px=1040, height_px=780))
+    return of_surface(Surface(texture=texture, bumps=0.1), arc(3, focal_px=1040.0, width_px=1040, height_px=390))
 
 
 def test_the_levels_follow_the_scale_of_matching_and_the_size_of_the_photos() -> None:
@@ -573,12 +573,12 @@ def parted(tracks: Tracks, lost: Bool) -> tuple[Tracks, Tracks]:
 
 
 @pytest.mark.parametrize("made", [plane, bumps])
-def test_what_was_lost_is_recovered(made: Callable[[], Set]) -> None:
+def test_what_was_lost_is_found_again(made: Callable[[], Set]) -> None:
     """At any angle, and with the number that its keypoint has."""
     tracks = made().tracks(noise_px=0.0)
     kept, lost = parted(tracks, tracks.image == 4)
     off = np.random.default_rng(2).normal(size=lost.xy.shape)
-    found = made().refiner().recover(kept, made().cameras, replace(lost, xy=lost.xy + off))
+    found = made().refiner().complete(kept, made().cameras, replace(lost, xy=lost.xy + off))
     assert len(lost.point) > 100
     assert len(found.point) > 0.95 * len(lost.point)
     row = {keypoint: number for number, keypoint in enumerate(lost.keypoint.tolist())}
@@ -590,13 +590,13 @@ def test_what_was_lost_is_recovered(made: Callable[[], Set]) -> None:
     assert np.quantile(distance, 0.95) < 0.3
 
 
-def test_what_another_thing_hides_is_not_recovered() -> None:
+def test_what_another_thing_hides_is_not_found_again() -> None:
     tracks = plane().tracks(300, noise_px=0.2)
     kept, lost = parted(tracks, tracks.image == 4)
     card = Surface(texture=Texture(seed=7, shortest=0.075, longest=0.5)).photograph(plane().cameras, 1)
     hidden = plane().photos[4].copy()
     hidden[:, :160] = card[:, :160]
-    found = plane().refiner(photos=(*plane().photos[:4], hidden)).recover(kept, plane().cameras, lost)
+    found = plane().refiner(photos=(*plane().photos[:4], hidden)).complete(kept, plane().cameras, lost)
     behind, beside = (lost.keypoint[side].tolist() for side in (lost.xy[:, 0] < 145, lost.xy[:, 0] > 175))
     again = set(found.keypoint.tolist())
     assert min(len(behind), len(beside)) > 60
@@ -612,7 +612,7 @@ def test_where_nothing_was_lost_no_photo_is_read() -> None:
         raise AssertionError(f"photo {image} was read")
 
     refiner = Refiner(load_grey=no_photo, pixel_scale=1.0, threads=1)
-    assert len(refiner.recover(kept, plane().cameras, lost).point) == 0
+    assert len(refiner.complete(kept, plane().cameras, lost).point) == 0
 
 
 def test_the_nearest_view_is_the_one_at_the_smallest_angle() -> None:

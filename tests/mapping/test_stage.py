@@ -241,7 +241,7 @@ class Knowing(Refiner):
     """Observations of these that are kept all the same."""
     finds: bool = True
     """Whether what an image does not show yet is found in it."""
-    recovers: bool = False
+    completes: bool = False
     """Whether what was rejected aligns when it is tried again."""
     calls: list[Tracks] = field(default_factory=list)
     extensions: list[Tracks] = field(default_factory=list)
@@ -256,14 +256,14 @@ class Knowing(Refiner):
             kept[mine[: self.spared]] = True
         return Refined(xy=xy, kept=kept)
 
-    def recover(self, tracks: Tracks, geometry: Geometry, lost: Tracks) -> Tracks:
+    def complete(self, tracks: Tracks, geometry: Geometry, lost: Tracks) -> Tracks:
         assert isinstance(geometry, ColmapModel)
         assert len(lost.points) == len(tracks.points)
         xy = lost.xy.copy()
         for image in np.unique(lost.image).tolist():
             mine = np.flatnonzero(lost.image == image)
             xy[mine] = self.true[image][cKDTree(self.noisy[image]).query(lost.xy[mine])[1]]
-        rows = np.flatnonzero(np.full(len(xy), self.recovers))
+        rows = np.flatnonzero(np.full(len(xy), self.completes))
         return Tracks(
             points=lost.points,
             point=lost.point[rows],
@@ -423,12 +423,18 @@ def test_an_image_may_lose_many_of_its_observations(tmp_path: Path, finds: bool)
         assert len(xy) - len(plain.keypoints()[image]) == count[image] - before[image]
 
 
-def test_what_is_recovered_is_the_keypoint_that_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("detected", [True, False])
+def test_tracks_of_a_dense_model_get_back_the_keypoints_that_they_lost(tmp_path: Path, detected: bool) -> None:
+    """Where these align at last. Detected keypoints are not asked for again."""
     scene = ring(4, turn_deg=80, points=160)
-    given, refiner = noisy_input(scene, [range(4)], rejected=(2,), spared=25, finds=False, recovers=True)
+    given, refiner = noisy_input(scene, [range(4)], rejected=(2,), spared=25, finds=False, completes=True)
+    given = replace(given, detected=detected)
     (plain,) = build_refined(given, tmp_path, None)
     (refined,) = build_refined(given, tmp_path, refiner)
     before, after = plain.tracks(), refined.tracks()
+    if detected:
+        assert (after.image == 2).sum() == 25
+        return
     assert refined.num_points == plain.num_points
     assert (before.image == 2).sum() > 95
     for image in range(4):
