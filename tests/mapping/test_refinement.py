@@ -13,7 +13,15 @@ import pytest
 
 from mast3r_sfm.geometry.rigid import camera_centre, compose_poses, make_pose, rotation_from_axis_angle
 from mast3r_sfm.mapping.patches import RADIUS
-from mast3r_sfm.mapping.planning import MAX_VIEW_STRETCH, MIN_SHARED, MIN_VIEW_COSINE, Geometry, _nearest_views
+from mast3r_sfm.mapping.planning import (
+    MAX_VIEW_STRETCH,
+    MIN_SHARED,
+    MIN_VIEW_COSINE,
+    SAME_DEPTH,
+    Geometry,
+    _nearest_views,
+    seen_beside,
+)
 from mast3r_sfm.mapping.refinement import MAX_MOVE, MIN_SPACING, Refined, Refiner
 from mast3r_sfm.synthetic.cameras import look_at, make_cameras
 from mast3r_sfm.synthetic.render import render
@@ -570,6 +578,50 @@ def parted(tracks: Tracks, lost: Bool) -> tuple[Tracks, Tracks]:
         for rows in (~lost, lost)
     )
     return kept, gone
+
+
+def test_what_is_seen_beside_another_point() -> None:
+    """Every second point stands behind the others' surface."""
+    whole, cameras = plane().tracks(300, noise_px=0.0), plane().cameras
+    tracks, gone = parted(whole, np.random.default_rng(8).random(len(whole.point)) < 0.4)
+    is_behind = np.arange(300) % 2 == 1
+    points = tracks.points * np.where(is_behind, 1.05, 1.0)[:, None] + np.where(is_behind, 0.2, 0.0)[:, None] * [
+        0,
+        0,
+        1,
+    ]
+    tracks, radius_px = replace(tracks, points=points), 12.0
+    found = seen_beside(tracks, cameras, radius_px)
+    there, candidates = places(tracks), places(found)
+    assert not there & candidates
+    assert len(candidates) == len(found.point)
+    assert set(found.keypoint.tolist()) == {-1}
+    expected = set()
+    for image in range(5):
+        mine = np.flatnonzero(tracks.image == image)
+        depth = np.linalg.norm(points - camera_centre(cameras.poses[image]), axis=1)
+        for point, xy in enumerate(cameras.project(image, points)):
+            distance = np.linalg.norm(tracks.xy[mine] - xy, axis=1)
+            other = depth[tracks.point[mine[distance.argmin()]]]
+            inside = ((xy > 8) & (xy < np.array(cameras.size(image)) - 8)).all()
+            same = distance.min() < radius_px and abs(depth[point] - other) < SAME_DEPTH * other
+            if inside and same and point in tracks.point and (point, image) not in there:
+                expected.add((point, image))
+    assert candidates == expected
+    assert 50 < len(candidates) < 0.6 * len(gone.point)
+
+
+def test_what_is_seen_beside_another_point_is_found_at_any_angle() -> None:
+    """The last image sees every second point; the one before it, at half the angle, none."""
+    tracks = plane().tracks(300, noise_px=0.0)
+    rows = (tracks.image == 4) & (tracks.point % 2 == 1) | (tracks.image == 3)
+    kept, gone = parted(tracks, rows)
+    nothing = parted(kept, np.zeros(len(kept.point), np.bool_))[1]
+    found = plane().refiner(pixel_scale=8.0).complete(kept, plane().cameras, nothing)
+    wide = (gone.image == 4) & np.isin(gone.point, found.point[found.image == 4])
+    assert wide.sum() > 20
+    assert distances(plane(), kept, found).max() < 1
+    assert np.median(distances(plane(), kept, found)) < 0.05
 
 
 @pytest.mark.parametrize("made", [plane, bumps])
