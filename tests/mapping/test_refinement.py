@@ -585,11 +585,7 @@ def test_what_is_seen_beside_another_point() -> None:
     whole, cameras = plane().tracks(300, noise_px=0.0), plane().cameras
     tracks, gone = parted(whole, np.random.default_rng(8).random(len(whole.point)) < 0.4)
     is_behind = np.arange(300) % 2 == 1
-    points = tracks.points * np.where(is_behind, 1.05, 1.0)[:, None] + np.where(is_behind, 0.2, 0.0)[:, None] * [
-        0,
-        0,
-        1,
-    ]
+    points = tracks.points + np.where(is_behind[:, None], [0.0, 0.0, 0.2], 0.0)
     tracks, radius_px = replace(tracks, points=points), 12.0
     found = seen_beside(tracks, cameras, radius_px)
     there, candidates = places(tracks), places(found)
