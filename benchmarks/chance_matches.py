@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     config = Config().match
-    own, places = encode_all()
+    own, places, _ = encode_all()
     pairs = draw_pairs(places, arguments.pairs, arguments.seed)
     figures: dict[str, object] = {"benchmark": "chance_matches", "pairs": len(pairs), "photos": len(places)}
     for name, sources in sources_of(own, config).items():

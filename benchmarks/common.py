@@ -166,6 +166,11 @@ def stage_seconds(run: ChildRun) -> dict[str, float]:
     return {stage["stage"]: round(stage["seconds"], 2) for stage in _report(run).get("stages", [])}
 
 
+def stage_counts(run: ChildRun) -> dict[str, dict[str, float]]:
+    """What each stage counted, from the report that the tool prints; empty where it printed none."""
+    return {stage["stage"]: stage["counts"] for stage in _report(run).get("stages", [])}
+
+
 def failure(run: ChildRun) -> str:
     """Why a process did not do its work, in its own last words; empty where it did.
 

@@ -107,7 +107,7 @@ def judge(encodings: Sequence[Encoding], places: Sequence[str]) -> dict[str, int
 
 def count_in_plain_photos() -> tuple[int, int]:
     """Pairs of photos as they are, each with its next ones of the same set, and in how many an overlay is seen."""
-    encodings, places = encode_all()
+    encodings, places, _ = encode_all()
     seen = pairs = 0
     for first, second in combinations(range(len(places)), 2):
         if places[first] == places[second] and second - first <= NEIGHBOURS:

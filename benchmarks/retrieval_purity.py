@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 
 import common
 import numpy as np
@@ -26,8 +27,8 @@ from mast3r_sfm.images.loading import load_image
 from mast3r_sfm.models.base import ImageModel
 from mast3r_sfm.models.registry import load_model
 from mast3r_sfm.progress import SilentProgress
-from mast3r_sfm.retrieval.stage import build_view_graph
-from mast3r_sfm.types import Encoding, Float32, ViewGraph
+from mast3r_sfm.retrieval.stage import choose_pairs
+from mast3r_sfm.types import Encoding, Float32, ImageRecord, ImageSet, ViewGraph
 
 NEAREST = 10
 # Rendered from photos of these places.
@@ -38,21 +39,22 @@ SAME_PLACE = {
 }
 
 
-def encode_all(model: ImageModel | None = None) -> tuple[list[Encoding], list[str]]:
-    """The encodings of all photos with a model (by default XFeat), and the place each shows."""
+def encode_all(model: ImageModel | None = None) -> tuple[list[Encoding], list[str], list[ImageRecord]]:
+    """The encodings of all photos with a model (by default XFeat), the place each shows, and their records."""
     config = Config()
     model = model or load_model("xfeat", device="cpu", config=config.encode)
-    encodings, places = [], []
+    encodings, places, records = [], [], []
     for name in common.all_sets():
         if name.startswith(("mix_", "junk_")):
             continue
         photos = list_images(common.data_root() / name / "images", config.prepare, SilentProgress())
         pattern = common.SCENE_IN_NAME.get(name)
         for record in photos.records:
+            records.append(replace(record, name=f"{name}/{record.name}"))
             encodings += model.encode([load_image(photos.root, record, model.preparation)])
             scene = pattern.fullmatch(record.name) if pattern else None
             places.append(scene[1] if scene else SAME_PLACE.get(name, name))
-    return encodings, places
+    return encodings, places, records
 
 
 def same_place_counts(similarity: Float32, places: NDArray[np.str_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -83,19 +85,25 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     started = time.perf_counter()
-    encodings, place_list = encode_all()
+    encodings, place_list, records = encode_all()
     encoded = time.perf_counter()
     model_tokens = load_model("xfeat", device="cpu").retrieval_tokens
     settings = PairsConfig(tokens_per_image=options.tokens, codebook_words=options.words)
     begin = time.perf_counter()
-    graph, similarity = build_view_graph(
-        encodings, settings, model_tokens=model_tokens, seed=0, progress=SilentProgress()
+    chosen = choose_pairs(
+        encodings,
+        ImageSet(root=common.data_root(), records=tuple(records)),
+        settings,
+        model_tokens=model_tokens,
+        seed=0,
+        progress=SilentProgress(),
+        threads=options.threads,
     )
     seconds = time.perf_counter() - begin
 
     places = np.array(place_list)
-    good, looked_at = same_place_counts(similarity, places)
-    parts = parts_of_places(graph, places)
+    good, looked_at = same_place_counts(chosen.similarity, places)
+    parts = parts_of_places(chosen.graph, places)
     print(f"{'place':28} photos  same  parts")
     for place, photos in sorted(Counter(place_list).items()):
         mine = places == place
@@ -106,8 +114,8 @@ def main() -> None:
         "same_place_share": round(float(good.sum() / looked_at.sum()), 4),
         "parts_of_places": sum(parts.values()),
         "places_in_one_part": sum(count == 1 for count in parts.values()),
-        "pairs": len(graph.pairs),
-        "ratio_pairs": round(len(graph.pairs) / (len(places) * (len(places) - 1) / 2), 4),
+        "pairs": len(chosen.graph.pairs),
+        "ratio_pairs": round(len(chosen.graph.pairs) / (len(places) * (len(places) - 1) / 2), 4),
         "encode_seconds": round(encoded - started, 2),
         "pairs_stage_seconds": round(seconds, 2),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import click
 
 from mast3r_sfm.config import RunOptions
-from mast3r_sfm.errors import ArtifactError, ConfigError, ReconstructionError
+from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm_cli.config import read_config, settings_options
+from mast3r_sfm_cli.folders import check_output, image_folder, image_options
+from mast3r_sfm_cli.pairs import pairs_assignments, pairs_options
 from mast3r_sfm_cli.summary import missing_photos, summarise
-
-_STAGES = frozenset(("prepare", "encode", "pairs", "sift", "match", "align", "map", "export"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,12 @@ class Flags:
     features: str | None
     resolution: str | None
     camera_model: str | None
+    pairs_source: str | None
+    pairs_file: str | None
+    keyframes: int | None
+    neighbours: int | None
+    window: int | None
+    time_budget: float | None
     single_camera: bool
     device: str
     dtype: str | None
@@ -47,13 +52,6 @@ class Flags:
     overwrite: bool
 
     @property
-    def image_folder(self) -> Path:
-        """IMAGES, or --image-path as COLMAP calls it."""
-        if (self.images is None) == (self.image_path is None):
-            raise click.UsageError("name the folder with the photos: mast3r-sfm reconstruct IMAGES -o OUT")
-        return self.images or self.image_path or Path()
-
-    @property
     def all_assignments(self) -> Sequence[str]:
         """--set and the options that stand for one of its settings; the latter win."""
         shorthands = {
@@ -63,23 +61,29 @@ class Flags:
             "match.features": self.features,
             "match.resolution": self.resolution,
             "map.camera_model": self.camera_model,
+            "match.time_budget_min": self.time_budget,
         }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
-        return [*self.assignments, *own, *(["prepare.cameras=single"] if self.single_camera else [])]
+        if self.single_camera:
+            own.append("prepare.cameras=single")
+        return [*self.assignments, *own, *pairs_assignments(vars(self))]
 
 
 @click.command()
-@click.argument("images", required=False, type=click.Path(path_type=Path))
-@click.option("--image-path", metavar="IMAGES", type=click.Path(path_type=Path), help="The same as IMAGES.")
-@click.option(
-    "-o", "--output", "--output-path", metavar="OUT", required=True, type=click.Path(path_type=Path), help="New folder."
-)
+@image_options
 @click.option(
     "--model",
     metavar="NAME",
     help="auto (the best that is installed), xfeat, mast3r, … or the path of a checkpoint.  [default: auto]",
 )
 @settings_options
+@pairs_options
+@click.option(
+    "--time-budget",
+    type=float,
+    metavar="MINUTES",
+    help="For matching; the most similar pairs come first.  [default: as long as it takes]",
+)
 @click.option(
     "--features",
     metavar="NAME",
@@ -121,7 +125,7 @@ def _run(flags: Flags) -> int:
     options = RunOptions(
         device=flags.device, threads=flags.threads, tf32=flags.tf32, compiled=flags.compiled, resume=flags.resume
     )
-    images = flags.image_folder
+    images = image_folder(flags.images, flags.image_path)
     check_output(images, flags.output, overwrite=flags.overwrite)
 
     from mast3r_sfm.pipeline import reconstruct as run_pipeline
@@ -145,38 +149,3 @@ def _run(flags: Flags) -> int:
     if missing:
         progress.warn(missing)
     return 0
-
-
-def check_output(images: Path, output: Path, *, overwrite: bool) -> None:
-    """Make the output folder, or find out why it cannot be used, before any work is done.
-
-    Raises:
-        ConfigError: it is a file, it lies inside the folder with the photos, or it holds files of somebody else.
-        ArtifactError: it cannot be written.
-    """
-    if output.resolve().is_relative_to(images.resolve()):
-        raise ConfigError(f"the output {output} lies inside the photos' folder {images}; choose a folder outside of it")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"the output {output} is a file; choose a folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        strange = not overwrite and not _is_ours(output) and any(output.iterdir())
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {output}: {error.strerror}; choose another folder") from error
-    if strange:
-        raise ConfigError(
-            f"the output {output} holds files that are not from an earlier run; choose another folder, "
-            "or add --overwrite to write beside them"
-        )
-
-
-def _is_ours(output: Path) -> bool:
-    cache = output / "cache"
-    if cache.is_dir() and {entry.name for entry in cache.iterdir()} <= _STAGES:
-        return True
-    try:
-        return "stages" in json.loads((output / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False

@@ -31,6 +31,12 @@ def summarise(report: RunReport, output: Path) -> str:
         lines += [f"  {entry.name}: {entry.reason}" for entry in report.left_out[:_LISTED]]
         if len(report.left_out) > _LISTED:
             lines.append(f"  and {len(report.left_out) - _LISTED} more: see {output / 'run.json'}")
+    if report.rejected_pairs:
+        worst = report.rejected_pairs[0]
+        lines.append(
+            f"{_count(len(report.rejected_pairs), 'pair')} of photos match but contradict the others, such as "
+            f"{worst.first} and {worst.second}: not used, see {output / 'run.json'}"
+        )
     lines += [f"note: {note}" for note in report.notes]
     times = ", ".join(f"{stage.stage} {stage.seconds:.1f}" for stage in report.stages)
     memory = max((stage.peak_memory_mb for stage in report.stages), default=0.0)

@@ -22,9 +22,10 @@ def weights() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_weights(as_json: bool) -> None:
     """Say which official weights there are, and which are installed."""
-    from mast3r_sfm.models.weights import CATALOGUE, LICENSE, find_weights, weights_folder
+    from mast3r_sfm.models.weights import CATALOGUE, LICENSE, find_retrieval_files, find_weights, weights_folder
 
     found = {name: find_weights(name) for name in CATALOGUE}
+    retrieval = {name: None if path is None else find_retrieval_files(path) for name, path in found.items()}
     if as_json:
         rows = [
             {
@@ -34,6 +35,7 @@ def list_weights(as_json: bool) -> None:
                 "license": LICENSE,
                 "url": entry.url,
                 "installed": None if found[name] is None else str(found[name]),
+                "retrieval": None if retrieval[name] is None else str(retrieval[name]),
             }
             for name, entry in CATALOGUE.items()
         ]
@@ -42,6 +44,8 @@ def list_weights(as_json: bool) -> None:
     for name, entry in CATALOGUE.items():
         click.echo(f"{name:<18}{entry.size_bytes / 1e9:.1f} GB  {LICENSE}  {entry.about}")
         click.echo(f"{'':<18}{'not installed' if found[name] is None else f'installed: {found[name]}'}")
+        if retrieval[name] is not None:
+            click.echo(f"{'':<18}with retrieval files: {retrieval[name]}")
 
 
 @weights.command()

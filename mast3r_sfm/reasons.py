@@ -1,16 +1,21 @@
-"""What a user is told of photos of which no model could be made."""
+"""What a user is told of photos and pairs that are not in the result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mast3r_sfm.types import ImageSet, PairMatches, Verdict
+import numpy as np
+
+from mast3r_sfm.geometry.rigid import angle_between_rotations, compose_poses, invert_pose
+from mast3r_sfm.types import AlignmentResult, Float64, ImageSet, PairMatches, RejectedPair, Verdict
 
 _OVERLAY = "what lies over both photos, such as a watermark, a frame or a part of the vehicle"
 
 
 def why_nothing(matches: Sequence[PairMatches]) -> str:
     """Why no model could be begun, and what photos would help."""
+    if not matches:
+        return "no pair of photos was matched; raise the time budget, or give a list with more pairs"
     turning = [match for match in matches if match.verdict is Verdict.PURE_ROTATION]
     if turning:
         images = len({index for match in turning for index in (match.first, match.second)})
@@ -39,6 +44,8 @@ def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, r
         registered: names of the photos that stand in a model.
     """
     mine = [match for match in matches if index in (match.first, match.second)]
+    if not mine:
+        return "stands in no pair that was matched"
     links = [match for match in mine if match.verdict.is_link]
     marked = sum(match.verdict is Verdict.WATERMARK for match in mine)
     if not links and marked:
@@ -52,3 +59,41 @@ def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, r
     if all(match.verdict is Verdict.PURE_ROTATION for match in links):
         return f"was taken from the same point as {min(in_model)}, and sees too little of the model"
     return f"its matches with {len(in_model)} photos of the model contradict the model, or are too few"
+
+
+def rejected_pairs(
+    matches: Sequence[PairMatches], parts: Sequence[AlignmentResult], names: Sequence[str]
+) -> tuple[RejectedPair, ...]:
+    """The pairs that passed the two-view check and that alignment dropped, those with most matches first.
+
+    Args:
+        matches: all edges of the view graph.
+        parts: what they were aligned to.
+        names: of the images.
+    """
+    kept = {int(edge) for part in parts for edge in part.edges}
+    poses = [{int(image): pose for image, pose in zip(p.images, p.cam_from_world, strict=True)} for p in parts]
+    dropped = [match for edge, match in enumerate(matches) if match.verdict.has_depth and edge not in kept]
+    found = []
+    for match in sorted(dropped, key=lambda match: (-len(match), match.first, match.second)):
+        pose = next((part for part in poses if match.first in part and match.second in part), None)
+        errors = None if pose is None else _pose_errors(match, pose[match.first], pose[match.second])
+        found.append(
+            RejectedPair(
+                first=names[match.first],
+                second=names[match.second],
+                matches=len(match),
+                rotation_error_deg=errors and errors[0],
+                direction_error_deg=errors and errors[1],
+            )
+        )
+    return tuple(found)
+
+
+def _pose_errors(match: PairMatches, first: Float64, second: Float64) -> tuple[float, float]:
+    """Degrees by which a pair misses the rotation and the direction of translation between two poses."""
+    between = compose_poses(second, invert_pose(first))
+    rotation = angle_between_rotations(match.second_from_first[:, :3], between[:, :3])
+    one, two = match.second_from_first[:, 3], between[:, 3]
+    direction = np.arctan2(np.linalg.norm(np.cross(one, two)), one @ two)
+    return float(np.degrees(rotation)), float(np.degrees(direction))

@@ -225,6 +225,9 @@ class Reason(enum.IntEnum):
     BRIDGE = 3
     USER = 4
     EXHAUSTIVE = 5
+    SEQUENCE = 6
+    GPS = 7
+    SECOND_ROUND = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +411,20 @@ class Tracks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RejectedPair:
+    """A pair that matches well and contradicts the others: mostly two things that look alike."""
+
+    first: str
+    second: str
+    """Names of the photos."""
+    matches: int
+    rotation_error_deg: float | None
+    """By how much its rotation misses that between the photos' poses; None where nothing else ties them together."""
+    direction_error_deg: float | None
+    """The same of the direction of its baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSummary:
     """One reconstructed model, as written."""
 
@@ -437,6 +454,19 @@ class StageReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsReport:
+    """Which pairs were chosen to be matched."""
+
+    num_images: int
+    """Usable photos."""
+    pairs: int
+    kinds: dict[str, int]
+    """Number of pairs by Reason, in small letters."""
+    notes: tuple[str, ...]
+    stages: tuple[StageReport, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What `run.json` holds."""
 
@@ -450,6 +480,8 @@ class RunReport:
     num_images: int
     """Photos found, usable or not."""
     left_out: tuple[LeftOut, ...]
+    rejected_pairs: tuple[RejectedPair, ...]
+    """Verified pairs that alignment dropped, those with most matches first."""
     notes: tuple[str, ...]
     seconds: float
     error: str = ""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -88,3 +90,57 @@ def write_hub_folder(folder: Path, arguments: dict[str, Any], tensors: dict[str,
     metadata = {other: name for name, other in shared.items()}
     safetensors.torch.save_file(stored, folder / "model.safetensors", metadata)
     return folder
+
+
+RETRIEVAL_ARGS: dict[str, Any] = {
+    "pretrained": "checkpoints/model.pth",
+    "freeze_backbone": 1,
+    "prewhiten": "photos",
+    "hdims": "",
+    "residual": False,
+    "postwhiten": None,
+    "featweights": "l2norm",
+    "nfeat": 300,
+    "nclusters": 64,
+    "imsize": 512,
+}
+"""Settings of a retrieval model that only whitens."""
+
+
+def retrieval_tensors(channels: int, settings: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """A random state dict of a retrieval model, for tokens of so many channels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype) / math.sqrt(shape[-1])
+
+    tensors = {}
+    hidden = [int(width) for width in settings["hdims"].split("_") if width]
+    widths = [channels, *hidden]
+    for name, width in (("prewhiten", channels), ("postwhiten", widths[-1])):
+        if settings[name] is not None:
+            tensors[f"{name}.m"] = random(1, width, dtype=torch.float64)
+            tensors[f"{name}.p"] = random(width, width, dtype=torch.float64)
+    for index, width in enumerate(hidden):
+        tensors[f"projector.{3 * index}.weight"] = random(width, widths[index])
+        tensors[f"projector.{3 * index}.bias"] = random(width)
+        if index + 1 < len(hidden):
+            tensors[f"projector.{3 * index + 1}.weight"] = 1 + random(width)
+            tensors[f"projector.{3 * index + 1}.bias"] = random(width)
+    return tensors
+
+
+def write_retrieval_model(path: Path, channels: int, tensors: dict[str, Tensor] | None = None, **settings: Any) -> Path:
+    """A `…_retrieval_trainingfree.pth`, of the settings above but for those named."""
+    every = {**RETRIEVAL_ARGS, **settings}
+    state = retrieval_tensors(channels, every) if tensors is None else tensors
+    torch.save({"args": argparse.Namespace(**every), "model": state}, path)
+    return path
+
+
+def write_codebook(path: Path, words: int, channels: int, protocol: int = 4) -> Path:
+    """A `…_codebook.pkl` of random words."""
+    centroids = np.random.default_rng(0).standard_normal((words, channels)).astype(np.float32)
+    stored = {"type": "Codebook", "params": {"size": words}, "state": {"centroids": centroids}}
+    path.write_bytes(pickle.dumps(stored, protocol=protocol))
+    return path

@@ -89,14 +89,15 @@ class Mapper:
         bundle.ceres.loss_function_scale *= REFINED_TRUST
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
         # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
-        # the raw ones, which err independently, showed.
+        # the raw ones, which err independently, showed: one about as far, in about that direction.
         shifted = {number for number in used if not _is_centred(reconstruction.camera(number))}
         confirmed: set[int] = set()
         for _ in range(READJUSTMENTS):
             bundle.refine_principal_point = False
             _adjust(reconstruction, options, bundle)
             bundle.refine_principal_point = True
-            confirmed = shifted & off_centre_cameras(reconstruction, bundle).keys() if shifted else set()
+            found = off_centre_cameras(reconstruction, bundle) if shifted else {}
+            confirmed = {number for number in shifted & found.keys() if _agrees(reconstruction, number, found[number])}
             for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
                 camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
         if confirmed:
@@ -243,6 +244,14 @@ def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruct
 def _is_centred(camera: pycolmap.Camera) -> bool:
     middle = (camera.width / 2, camera.height / 2)
     return bool(np.allclose((camera.principal_point_x, camera.principal_point_y), middle, rtol=0, atol=1e-6))
+
+
+def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:
+    """Whether a camera's principal point is nearer to the refined one than to the middle."""
+    camera = reconstruction.camera(number)
+    held = np.array([camera.principal_point_x, camera.principal_point_y])
+    middle = np.array([camera.width, camera.height]) / 2
+    return bool(np.linalg.norm(refined[list(camera.principal_point_idxs())] - held) < np.linalg.norm(held - middle))
 
 
 def _change_model(camera: pycolmap.Camera, model: str) -> None:

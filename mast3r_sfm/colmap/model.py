@@ -118,16 +118,46 @@ class ColmapModel:
         groups = [images[label == number].tolist() for number in range(label.max(initial=-1) + 1)]
         return sorted(groups, key=lambda group: (-len(group), group))
 
+    def lost(self, before: ColmapModel) -> Tracks:
+        """The points, in the order of `tracks`, with the observations that they had before and do not have now.
+
+        Args:
+            before: the model that this one was made from.
+        """
+        earlier, numbers = before.tracks(), sorted(self._reconstruction.point3D_ids())
+        earlier_numbers = np.array(sorted(before.reconstruction.point3D_ids()), np.int64)
+        row_of = {number: row for row, number in enumerate(numbers)}
+        row = np.array([row_of.get(number, -1) for number in earlier_numbers.tolist()], np.int64)[earlier.point]
+        gone = row >= 0
+        for image in np.unique(earlier.image).tolist():
+            mine = np.flatnonzero(earlier.image == image)
+            keypoints = self._reconstruction.image(image + 1).points2D
+            gone[mine] &= [not keypoints[keypoint].has_point3D() for keypoint in earlier.keypoint[mine].tolist()]
+        return Tracks(
+            points=np.array([self._reconstruction.point3D(number).xyz for number in numbers]).reshape(-1, 3),
+            point=row[gone],
+            image=earlier.image[gone],
+            keypoint=earlier.keypoint[gone],
+            xy=earlier.xy[gone],
+        )
+
     def extended(self, more: Tracks) -> ColmapModel:
-        """A copy in which the points, in the order of `tracks`, have further observations, each a new keypoint."""
+        """A copy in which the points, in the order of `tracks`, have further observations.
+
+        Each is a new keypoint, or a keypoint without a point, which moves there.
+        """
         changed = pycolmap.Reconstruction(self._reconstruction)
         numbers = sorted(self._reconstruction.point3D_ids())
         for image in np.unique(more.image).tolist():
             keypoints = changed.image(image + 1).points2D
             for row in np.flatnonzero(more.image == image):
-                keypoints.append(pycolmap.Point2D(more.xy[row]))
-                element = pycolmap.TrackElement(image + 1, len(keypoints) - 1)
-                changed.add_observation(numbers[more.point[row]], element)
+                keypoint = int(more.keypoint[row])
+                if keypoint < 0:
+                    keypoint = len(keypoints)
+                    keypoints.append(pycolmap.Point2D(more.xy[row]))
+                else:
+                    keypoints[keypoint].xy = more.xy[row]
+                changed.add_observation(numbers[more.point[row]], pycolmap.TrackElement(image + 1, keypoint))
         return ColmapModel(changed)
 
     def moved(self, tracks: Tracks, xy: Float64, kept: Bool) -> ColmapModel:

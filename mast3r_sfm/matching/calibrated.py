@@ -16,7 +16,8 @@ from mast3r_sfm.types import Bool, Float32, Float64, Int64, PairMatches, Verdict
 TURN_SHARE = 0.85
 """A turn about one centre that explains this share of what the best homography explains is called a pure rotation."""
 SAMPLED_MATCHES = 300
-"""The best matches, on which the pose is searched; it is then refined on all of them."""
+"""The best matches, on which the pose is searched; it is then refined on all of them. Those of a pointmap are picked
+evenly from best to worst instead: its best ones lie side by side, and say little about the pose."""
 MIN_ITERATIONS, MAX_ITERATIONS = 50, 300
 
 
@@ -108,7 +109,9 @@ def _relative_pose(
     edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int
 ) -> tuple[Float64, Bool]:
     cameras = first.poselib_camera(), second.poselib_camera()
-    few = slice(SAMPLED_MATCHES)
+    count = min(len(edge.xy_first), SAMPLED_MATCHES)
+    last = count - 1 if edge.points_first is None else len(edge.xy_first) - 1
+    few = np.linspace(0, last, count).astype(np.int64)
     options = {
         "max_epipolar_error": config.max_epipolar_error_px,
         "min_iterations": MIN_ITERATIONS,

@@ -181,7 +181,9 @@ def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[
     if len(distinct.xy_first) < MIN_SAMPLE:
         return np.zeros((3, 3)), judged.subset(np.zeros(len(judged.xy_first), np.bool_))
     fundamental, _ = poselib.estimate_fundamental(
-        distinct.xy_first, distinct.xy_second, {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(seed)}
+        distinct.xy_first,
+        distinct.xy_second,
+        {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(judged, seed)},
     )
     error = sampson_error(fundamental, judged.xy_first, judged.xy_second)
     return np.asarray(fundamental, np.float64), judged.subset(error < config.max_epipolar_error_px)
@@ -190,7 +192,7 @@ def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[
 def _as_link(edge: EpipolarEdge, kept: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
     """The edge with its homography and points; WEAK where the decodes that the points come from disagree."""
     homography, info = poselib.estimate_homography(
-        kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **_ransac(seed)}
+        kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **_ransac(kept, seed)}
     )
     share = float(info["num_inliers"]) / len(kept.xy_first)
     link = replace(edge, verdict=Verdict.GOOD, homography=np.asarray(homography, np.float64), homography_share=share)
@@ -203,9 +205,11 @@ def _as_link(edge: EpipolarEdge, kept: Putative, config: MatchConfig, seed: int)
     return replace(link, points_first=points.first, points_second=points.second)
 
 
-def _ransac(seed: int) -> dict[str, object]:
+def _ransac(matches: Putative, seed: int) -> dict[str, object]:
     return {
-        "progressive_sampling": True,
+        # The confidence of a pointmap changes from place to place: its best matches lie side by side, and the geometry
+        # that they lead to holds there alone.
+        "progressive_sampling": matches.points is None,
         "max_iterations": MAX_ITERATIONS,
         "min_iterations": MIN_ITERATIONS,
         "seed": seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,8 +45,11 @@ class PairChecker:
     fine: FineMatcher | None = None
     """Matches links of a dense model once more, at full resolution."""
 
-    def check(self, pairs: Sequence[Pair]) -> Iterator[list[EpipolarEdge]]:
-        """The edges of all pairs, each once, as they get finished; encodings are read by the calling thread alone."""
+    def check(self, pairs: Sequence[Pair]) -> Generator[list[EpipolarEdge]]:
+        """The edges of all pairs, each once, as they get finished; encodings are read by the calling thread alone.
+
+        Closed early, it waits for what has begun and begins nothing more.
+        """
         dense = self.model if isinstance(self.model, DenseModel) and self.config.features != "sift" else None
         workers = self.threads if dense is None else min(self.threads, _DENSE_WORKERS)
         tasks = self._keypoint_tasks(pairs) if dense is None else self._dense_tasks(dense, pairs)

@@ -77,7 +77,7 @@ def match_hard_pair(
 def hanging_pairs(edges: Sequence[EpipolarEdge], num_images: int) -> list[int]:
     """Numbers of the pairs within small parts, or between parts, of those that strong edges connect; none if all images
     are one part."""
-    part = _parts(edges, _are_strong(edges), num_images)
+    part = strong_parts(edges, num_images)
     size = np.bincount(part)
     if len(size) < 2:
         return []
@@ -117,23 +117,36 @@ def settle_hanging_pairs(
             strong[number] = edge.verdict.is_link
             confirmed |= bool(strong[number])
         fruitless = 0 if confirmed else fruitless + 1
-    part = _parts(settled, strong, num_images)
+    return _without_links_between(settled, _parts(settled, strong, num_images))
+
+
+def weaken_hanging_links(edges: Sequence[EpipolarEdge], num_images: int) -> list[EpipolarEdge]:
+    """The edges with links between parts that no strong edge connects judged WEAK, where nothing can confirm them."""
+    return _without_links_between(edges, strong_parts(edges, num_images))
+
+
+def _without_links_between(edges: Sequence[EpipolarEdge], part: Int64) -> list[EpipolarEdge]:
     return [
         replace(edge, verdict=Verdict.WEAK) if edge.verdict.is_link and part[edge.first] != part[edge.second] else edge
-        for edge in settled
+        for edge in edges
     ]
 
 
+def strong_parts(edges: Sequence[EpipolarEdge], num_images: int) -> Int64:
+    """The part [N] of each image, of those that strong edges connect."""
+    return _parts(edges, _are_strong(edges), num_images)
+
+
 def _are_strong(edges: Sequence[EpipolarEdge]) -> Bool:
-    return np.array([_evidence(edge) >= STRONG_EVIDENCE for edge in edges], np.bool_)
+    return np.array([evidence(edge) >= STRONG_EVIDENCE for edge in edges], np.bool_)
 
 
-def _evidence(edge: EpipolarEdge) -> float:
+def evidence(edge: EpipolarEdge) -> float:
+    """Distinct inliers times the square of their share; 0 of a pair that is no link."""
     return edge.num_inliers * edge.inlier_ratio**2 if edge.verdict.is_link else 0.0
 
 
 def _parts(edges: Sequence[EpipolarEdge], strong: Bool, num_images: int) -> Int64:
-    """The part [N] of each image, of those that strong edges connect."""
     pairs = np.array([(edge.first, edge.second) for edge in edges], np.int64).reshape(-1, 2)[strong]
     graph = scipy.sparse.coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(num_images,) * 2)
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)

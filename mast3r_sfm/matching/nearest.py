@@ -41,39 +41,56 @@ def mutual_nearest(first: torch.Tensor, second: torch.Tensor, min_similarity: fl
     if min(len(first), len(second)) == 0:
         none = np.zeros(0, np.float32)
         return Matches(np.zeros((0, 2), np.int64), none, none)
-    column_best = torch.full((len(second),), -torch.inf, device=first.device)
-    row_best, row_index = [], []
+    others = torch.full((len(second),), -torch.inf, device=first.device)
+    best, index, runner_up = [], [], []
     transposed = second.T.contiguous()
+    block = first.new_empty((min(ROWS_PER_BLOCK, len(first)), len(second)))
     for start in range(0, len(first), ROWS_PER_BLOCK):
-        similarity = first[start : start + ROWS_PER_BLOCK] @ transposed  # [rows, B]
-        best, index = similarity.max(dim=1)
-        row_best.append(best)
-        row_index.append(index)
-        # amax without indices is twenty times as fast along the rows as max with them.
-        column_best = torch.maximum(column_best, similarity.amax(dim=0))
-    best, index = torch.cat(row_best), torch.cat(row_index)
-    rows = ((best >= column_best[index]) & (best >= min_similarity)).nonzero()[:, 0]
+        part = first[start : start + ROWS_PER_BLOCK]
+        similarity = torch.mm(part, transposed, out=block[: len(part)])
+        index.append(_argmax(similarity))
+        best.append(similarity.gather(1, index[-1][:, None])[:, 0])
+        # Without the rows' best, one look along either side gives what comes second.
+        similarity.scatter_(1, index[-1][:, None], -torch.inf)
+        runner_up.append(similarity.amax(dim=1))
+        others = torch.maximum(others, similarity.amax(dim=0))
+    return _mutual(torch.cat(best), torch.cat(index), torch.cat(runner_up), others, min_similarity)
+
+
+def _mutual(
+    best: torch.Tensor, index: torch.Tensor, runner_up: torch.Tensor, others: torch.Tensor, min_similarity: float
+) -> Matches:
+    """The mutual ones among the rows' best.
+
+    Args:
+        best: [A] the largest similarity of each row.
+        index: [A] its column.
+        runner_up: [A] the largest of the row's others.
+        others: [B] the largest similarity of each column, of those that are not their row's best.
+        min_similarity: as for `mutual_nearest`.
+    """
+    # By column, the most similar row first, and of equal ones the first: the rows after it are its rivals.
+    order = torch.argsort(best, descending=True, stable=True)
+    order = order[torch.argsort(index[order], stable=True)]
+    column = index[order]
+    is_first = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    is_first[1:] = column[1:] != column[:-1]
+    rival = torch.full_like(best, -torch.inf)
+    rival[:-1] = torch.where(is_first[1:], -torch.inf, best[order][1:])
+    second = torch.maximum(rival, others[column])
+    chosen = is_first & (best[order] >= others[column]) & (best[order] >= min_similarity)
+    rows, second = order[chosen], second[chosen]
+    ratio = _distance(best[rows].float()) / _distance(torch.maximum(second, runner_up[rows]).float())
+    ascending = torch.argsort(rows)
+    rows, ratio = rows[ascending], ratio[ascending].clamp(max=1)
     pairs = torch.stack([rows, index[rows]], dim=1)
-    _, kept = np.unique(pairs[:, 1].cpu().numpy(), return_index=True)
-    kept.sort()
-    pairs = pairs[torch.from_numpy(kept).to(pairs.device)]
-    similarity = best[pairs[:, 0]].float()
-    runner_up = torch.maximum(
-        _runner_up(first[pairs[:, 0]], second, pairs[:, 1]), _runner_up(second[pairs[:, 1]], first, pairs[:, 0])
-    )
-    ratio = _distance(similarity) / _distance(runner_up.float())
-    return Matches(pairs.cpu().numpy(), similarity.cpu().numpy(), ratio.clamp(max=1).cpu().numpy())
+    return Matches(pairs.cpu().numpy(), best[rows].float().cpu().numpy(), ratio.cpu().numpy())
 
 
-def _runner_up(queries: torch.Tensor, others: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """[M] the largest similarity of each query to any but its best; -inf where there is no other."""
-    transposed, found = others.T.contiguous(), []
-    for start in range(0, len(queries), ROWS_PER_BLOCK):
-        part = slice(start, start + ROWS_PER_BLOCK)
-        similarity = queries[part] @ transposed
-        similarity.scatter_(1, best[part, None], -torch.inf)
-        found.append(similarity.amax(dim=1))
-    return torch.cat(found) if found else queries.new_zeros(0)
+def _argmax(values: torch.Tensor) -> torch.Tensor:
+    """[R] the first of each row's largest values [R, C]."""
+    # On a CPU, torch looks for a maximum and its place ten times as long as NumPy.
+    return torch.from_numpy(values.numpy().argmax(axis=1)) if values.device.type == "cpu" else values.argmax(dim=1)
 
 
 def _distance(similarity: torch.Tensor) -> torch.Tensor:

@@ -11,19 +11,19 @@ import numpy as np
 
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import EpipolarEdge
-from mast3r_sfm.matching.checker import Pair, PairChecker
+from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.focal import estimate_focal_ratios
-from mast3r_sfm.matching.hard import hanging_pairs, match_hard_pair, settle_hanging_pairs
+from mast3r_sfm.matching.hard import hanging_pairs, match_hard_pair, settle_hanging_pairs, weaken_hanging_links
 from mast3r_sfm.matching.putative import KeypointSource
-from mast3r_sfm.matching.stored import pack_edges, unpack_edges
+from mast3r_sfm.matching.rounds import Budget, Rounds, check_all, most_important_first
+from mast3r_sfm.matching.second_round import propose_pairs
 from mast3r_sfm.matching.turns import settle_turns
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
 
-CODE_VERSION = 4
-PAIRS_PER_CHUNK = 64
+CODE_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,37 +35,55 @@ class Matcher:
     num_images: int
     detect_sift: Callable[[Sequence[int]], KeypointSource]
     """Gives the SIFT keypoints of some images."""
+    friends: int = 5
+    """How many further pairs of each kind an image gets in the second round."""
 
-    def check_graph(self, graph: ViewGraph, cache: StageCache, progress: Progress) -> tuple[list[EpipolarEdge], int]:
-        """Match and check all pairs, chunk by chunk; then once more, harder, those on which the connection hangs.
+    def check_graph(
+        self, graph: ViewGraph, cache: StageCache, progress: Progress, reserve: ViewGraph | None = None
+    ) -> tuple[list[EpipolarEdge], int]:
+        """Match and check all pairs; then those that the verified ones make likely; then, harder, those on which the
+        connection hangs.
+
+        Args:
+            graph: the pairs of the first round.
+            cache: where finished work stands.
+            progress: told of steps and rounds.
+            reserve: what the second round may choose of, besides friends of friends; without pairs, there is none.
 
         Returns:
-            one edge per pair of the graph, in its order, and the number of chunks found finished.
+            one edge per matched pair, sorted, and the number of chunks found finished.
         """
-        edges: list[EpipolarEdge] = []
-        resumed = 0
+        config = self.checker.config
         checker = replace(self.checker, sources=self._sources(graph))
-        pairs = [(int(i), int(j)) for i, j in graph.pairs]
-        chunks = range(0, len(pairs), PAIRS_PER_CHUNK)
-        with steps(progress, "match", len(pairs), "pair"):
-            for chunk, start in enumerate(chunks):
-                some = pairs[start : start + PAIRS_PER_CHUNK]
-                stored = cache.read(chunk)
-                if stored is not None:
-                    edges += unpack_edges(stored[0])
-                    resumed += 1
-                    progress.advance(len(some))
-                    continue
-                done = _check_all(checker, some, progress)
-                cache.write(chunk, pack_edges(done))
-                edges += done
-        if edges and isinstance(checker.model, KeypointModel) and checker.config.features != "sift":
-            stored = cache.read(len(chunks))
-            if stored is not None:
-                return unpack_edges(stored[0]), resumed + 1
-            edges = self._settle_hanging(edges, checker, checker.model, progress)
-            cache.write(len(chunks), pack_edges(edges))
-        return edges, resumed
+        budget = Budget(seconds=60 * config.time_budget_min)
+        rounds = Rounds(checker=checker, cache=cache, budget=budget, progress=progress)
+        pairs = most_important_first(graph) if config.time_budget_min else [(int(i), int(j)) for i, j in graph.pairs]
+        rounds.check("match", pairs)
+        if reserve is not None and len(reserve.pairs) and not budget.is_spent:
+            more = propose_pairs(rounds.edges, reserve, self.friends)
+            progress.note(f"second round: {len(more):,} more pairs, which the verified ones make likely")
+            rounds.check("match more", more)
+        if rounds.unmatched:
+            progress.warn(
+                f"the time budget of {config.time_budget_min:g} minutes was spent: {rounds.unmatched:,} of "
+                f"{rounds.unmatched + len(rounds.edges):,} pairs were not matched, the least similar ones; the same "
+                "command with a larger budget goes on from here"
+            )
+        edges = sorted(rounds.edges, key=lambda edge: (edge.first, edge.second))
+        if edges and isinstance(checker.model, KeypointModel) and config.features != "sift":
+            return self._settled(edges, checker.model, rounds, progress), rounds.resumed
+        return edges, rounds.resumed
+
+    def _settled(
+        self, edges: list[EpipolarEdge], model: KeypointModel, rounds: Rounds, progress: Progress
+    ) -> list[EpipolarEdge]:
+        if rounds.budget.is_spent:
+            return weaken_hanging_links(edges, self.num_images)
+        settled = rounds.stored([(edge.first, edge.second) for edge in edges])
+        if settled is None:
+            settled = self._settle_hanging(edges, rounds.checker, model, progress)
+            rounds.store(settled)
+        return settled
 
     def _sources(self, graph: ViewGraph) -> list[KeypointSource]:
         """The keypoints that all pairs are matched by."""
@@ -88,7 +106,8 @@ class Matcher:
             sift = self.detect_sift(np.unique(pairs).tolist())
             checker = replace(checker, sources=[sift, *checker.sources])
             with steps(progress, "match again", len(pairs), "pair"):
-                for number, edge in zip(hanging, _check_all(checker, pairs, progress), strict=True):
+                unhurried = Budget(seconds=0)
+                for number, edge in zip(hanging, check_all(checker, pairs, unhurried, progress), strict=True):
                     edges[number] = edge
         reading = Lock()
 
@@ -146,12 +165,3 @@ def _view(encoding: Encoding, camera: Camera) -> View:
     scale = encoding.transform.scale
     # Stored photo pixels, scaled: see putative.network_xy.
     return View(focal_px=float(camera.params[0]) / scale, centre_px=camera.params[1:3] / scale, scale=scale)
-
-
-def _check_all(checker: PairChecker, pairs: Sequence[Pair], progress: Progress) -> list[EpipolarEdge]:
-    """One edge per pair, in their order."""
-    found: dict[Pair, EpipolarEdge] = {}
-    for some in checker.check(pairs):
-        found.update({(edge.first, edge.second): edge for edge in some})
-        progress.advance(len(some))
-    return [found[pair] for pair in pairs]

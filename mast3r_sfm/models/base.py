@@ -53,6 +53,8 @@ class KeypointModel(PairModel, Protocol):
 class DenseModel(PairModel, Protocol):
     """A model that predicts pointmaps and dense descriptors for a pair."""
 
+    token_channels: int
+    """Of the tokens in its encodings."""
     pairs_at_once: int
     """How many pairs of one shape are best handed to `predict` together."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mast3r_sfm.config import DecoderType, EncodeConfig
+from mast3r_sfm.config import KEYPOINTS, DecoderType, EncodeConfig
 from mast3r_sfm.errors import ConfigError, WeightsError
 from mast3r_sfm.models.base import PairModel
 from mast3r_sfm.models.weights import CATALOGUE, find_weights, mast3r_problem, missing_text
@@ -45,6 +45,23 @@ def resolve_name(name_or_path: str) -> str:
     )
 
 
+def checkpoint_path(name: str) -> Path | None:
+    """Where the weights of a model lie, as `read_checkpoint` takes them; None for xfeat, which brings its own.
+
+    Args:
+        name: as `resolve_name` gives it.
+
+    Raises:
+        WeightsError: they are not installed.
+    """
+    if name == "xfeat":
+        return None
+    path = find_weights(name) if name in CATALOGUE else Path(name)
+    if path is None:
+        raise WeightsError(missing_text(CATALOGUE[name]))
+    return path
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -73,16 +90,14 @@ def load_model(
     name = resolve_name(name_or_path)
     place = resolve_device(device)
     config = config or EncodeConfig()
-    if name == "xfeat":
+    path = checkpoint_path(name)
+    if path is None:
         from mast3r_sfm.models.xfeat.model import XFeatModel
 
-        return XFeatModel(config.keypoints, place, config.max_size_px)
+        return XFeatModel(config.keypoints or KEYPOINTS, place, config.max_size_px)
     from mast3r_sfm.models.mast3r.checkpoint import read_checkpoint
     from mast3r_sfm.models.mast3r.model import Mast3rModel, Precision
 
-    path = find_weights(name) if name in CATALOGUE else Path(name)
-    if path is None:
-        raise WeightsError(missing_text(CATALOGUE[name]))
     checkpoint = read_checkpoint(path)
     precision = Precision(decoder=resolve_dtype(dtype, place), tf32=tf32)
     try:

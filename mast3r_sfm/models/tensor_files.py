@@ -53,7 +53,7 @@ def read_pickled(path: Path) -> object:
     Raises:
         WeightsError: the file cannot be read, is no such file, or would have code run, which is not done.
     """
-    header = _first_bytes(path)
+    header = first_bytes(path)
     # torch takes the records of a mapped file as they lie there.
     mapped = header.startswith(_ZIP) and _is_stored_plainly(path)
     with _lock, warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
@@ -81,7 +81,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     Raises:
         WeightsError: the file cannot be read, or is no such file.
     """
-    _first_bytes(path)
+    first_bytes(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -102,8 +102,12 @@ def sha256_of(path: Path) -> str:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _first_bytes(path: Path) -> bytes:
-    """The first bytes of a file that may be what it should be."""
+def first_bytes(path: Path) -> bytes:
+    """The first bytes of a file that may be what it should be.
+
+    Raises:
+        WeightsError: it cannot be read, is empty, a pointer of git LFS or a web page.
+    """
     try:
         with path.open("rb") as stream:
             header = stream.read(512)

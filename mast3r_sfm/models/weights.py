@@ -22,6 +22,7 @@ FOLDER_VARIABLE = "MAST3R_SFM_WEIGHTS"
 LICENSE = "CC BY-NC-SA 4.0"
 HUB_FILES = ("config.json", "model.safetensors")
 RECORD = "source.json"
+RETRIEVAL_SUFFIX = "_retrieval_trainingfree.pth"
 
 _PUBLISHER = "https://download.europe.naverlabs.com/ComputerVision"
 _DATA_LICENSES = (
@@ -186,6 +187,33 @@ def find_weights(name: str) -> Path | None:
     if all(_is_file(folder / file) for file in HUB_FILES):
         return folder
     return path_by_hand(weights) if _is_file(path_by_hand(weights)) else None
+
+
+def find_retrieval_model(checkpoint: Path) -> Path | None:
+    """The official retrieval model that lies beside a checkpoint under the checkpoint's own name.
+
+    Args:
+        checkpoint: as `read_checkpoint` takes it. With NAME.pth or NAME.safetensors belongs
+            NAME_retrieval_trainingfree.pth; with a hub folder, one named after the folder, in it or beside it.
+    """
+    if checkpoint.name == HUB_FILES[1] or checkpoint.is_dir():
+        # Absolute, since "." has no name.
+        folder = checkpoint.absolute() if checkpoint.is_dir() else checkpoint.absolute().parent
+        candidates = [place / f"{folder.name}{RETRIEVAL_SUFFIX}" for place in (folder, folder.parent)]
+    else:
+        candidates = [checkpoint.with_name(f"{checkpoint.stem}{RETRIEVAL_SUFFIX}")]
+    return next((path for path in candidates if _is_file(path)), None)
+
+
+def find_retrieval_files(checkpoint: Path) -> Path | None:
+    """The retrieval model that lies beside a checkpoint, where its codebook does as well."""
+    path = find_retrieval_model(checkpoint)
+    return path if path is not None and _is_file(codebook_path(path)) else None
+
+
+def codebook_path(model: Path) -> Path:
+    """Where the codebook of a retrieval model belongs: the model's name up to its last underscore, `_codebook.pkl`."""
+    return model.with_name(f"{model.name.rpartition('_')[0] or model.stem}_codebook.pkl")
 
 
 def missing_text(weights: OfficialWeights) -> str:

@@ -1,5 +1,5 @@
-"""The pairs stage: which photos are worth matching, told from their tokens alone."""
+"""The pairs stage: which photos are worth matching, told from their tokens, their order, their positions or a list."""
 
-from mast3r_sfm.retrieval.stage import build_view_graph
+from mast3r_sfm.retrieval.stage import ChosenPairs, choose_pairs
 
-__all__ = ["build_view_graph"]
+__all__ = ["ChosenPairs", "choose_pairs"]

@@ -8,7 +8,6 @@ max(0, 1 − 2h)^α. No inverse document frequency.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +15,14 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.types import Float32, Int32
+from mast3r_sfm.retrieval.postings import Entries, Postings, PostingsBuilder, overlap, planes_of, weight_of_distance
+from mast3r_sfm.types import Float32, Float64, Int32, Int64
 
 ALPHA = 3.0
 DATABASE_WORDS = 1
 """Words per token of a database image."""
 QUERY_WORDS = 5
 """Words per token of a query image."""
-
-# Code pairs compared at once: the working set stays within the processor's cache.
-_PAIRS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +40,6 @@ class BinaryFeatures:
     def __post_init__(self) -> None:
         if not len(self.image) == len(self.word) == len(self.code):
             raise ShapeError(f"features of {len(self.image)} images, {len(self.word)} words, {len(self.code)} codes")
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[BinaryFeatures]) -> BinaryFeatures:
-        """Join the features of consecutive runs of images into one, images numbered on."""
-        first = np.cumsum([0, *(part.num_images for part in parts)])
-        return cls(
-            num_images=int(first[-1]),
-            image=np.concatenate([part.image + int(start) for part, start in zip(parts, first[:-1], strict=True)]),
-            word=np.concatenate([part.word for part in parts]),
-            code=np.concatenate([part.code for part in parts]),
-        )
 
 
 def aggregate(tokens: Float32, image: Int32, words: Int32, centroids: Float32) -> tuple[Int32, Int32, Float32]:
@@ -103,63 +89,27 @@ def score(query: BinaryFeatures, database: BinaryFeatures, *, alpha: float = ALP
     Returns:
         [query images, database images] in [0, 1]; not symmetric where both sides were assigned differently.
     """
-    width = max(query.code.shape[1], database.code.shape[1])
-    order = np.argsort(database.word, kind="stable")
-    postings_word, postings_image = database.word[order], database.image[order].astype(np.int64)
-    query_code, postings_code = _as_words(query.code), _as_words(database.code[order])
-    first = np.searchsorted(postings_word, query.word, side="left")
-    count = np.searchsorted(postings_word, query.word, side="right") - first
-    weight = _weight_of_distance(32 * width, alpha)
-
-    result = np.zeros((query.num_images, database.num_images))
-    for low, high in _blocks(count, max(_PAIRS_AT_ONCE // max(query_code.shape[1], 1), 1)):
-        posting, entry = _expand(first[low:high], count[low:high])
-        distance = np.bitwise_count(query_code[low:high][entry] ^ postings_code[posting]).sum(axis=1, dtype=np.int32)
-        top = int(query.image[low])
-        rows = int(query.image[high - 1]) + 1 - top
-        cell = (query.image[low:high].astype(np.int64) - top)[entry] * database.num_images + postings_image[posting]
-        found = np.bincount(cell, weights=weight[distance], minlength=rows * database.num_images)
-        result[top : top + rows] += found.reshape(rows, database.num_images)
-    norms = np.sqrt(np.outer(_entries_per_image(query), _entries_per_image(database)))
-    return (result / np.maximum(norms, 1.0)).astype(np.float32)
+    listed = invert(database, 1 + max(query.word.max(initial=-1), database.word.max(initial=-1)))
+    entries = Entries(
+        num_images=query.num_images,
+        image=query.image.astype(np.int64),
+        word=query.word,
+        code=planes_of(query.code),
+    )
+    weight = weight_of_distance(listed.bits, alpha)
+    total = overlap(entries, listed, weight, listed.start[1:], database.num_images)
+    asked = np.bincount(query.image, minlength=query.num_images)
+    return normalise(total, asked, listed.entries_per_image()).astype(np.float32)
 
 
-def symmetric(scores: Float32) -> Float32:
-    """Mean of both directions of square scores, and 1 of an image with itself."""
-    similarity = ((scores + scores.T) / 2).astype(np.float32)
-    np.fill_diagonal(similarity, 1.0)
-    return similarity
+def invert(features: BinaryFeatures, num_words: int) -> Postings:
+    """The inverted file of all images of `features`."""
+    builder = PostingsBuilder(num_words)
+    builder.add(features.num_images, features.image, features.word, features.code)
+    return builder.build()
 
 
-def _entries_per_image(features: BinaryFeatures) -> NDArray[np.int64]:
-    return np.bincount(features.image, minlength=features.num_images)
-
-
-def _as_words(code: NDArray[np.uint32]) -> NDArray[np.unsignedinteger]:
-    # Half as many operations on 64 bits at once, where the width allows it.
-    code = np.ascontiguousarray(code)
-    return code.view(np.uint64) if code.shape[1] and code.shape[1] % 2 == 0 else code
-
-
-def _weight_of_distance(bits: int, alpha: float) -> NDArray[np.float64]:
-    similarity = 1 - 2 * np.arange(bits + 1) / max(bits, 1)
-    return np.where(similarity > 0, np.maximum(similarity, 0) ** alpha, 0.0)
-
-
-def _blocks(count: NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    """Cut entries into runs whose counts sum to about `limit`; a single entry may exceed it."""
-    total = np.cumsum(count)
-    cuts, low = [], 0
-    while low < len(count):
-        done = int(total[low - 1]) if low else 0
-        high = max(int(np.searchsorted(total, done + limit, side="right")), low + 1)
-        cuts.append((low, high))
-        low = high
-    return cuts
-
-
-def _expand(first: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All (first[i] … first[i] + count[i] − 1, i), one after the other."""
-    entry = np.repeat(np.arange(len(count)), count)
-    start = np.cumsum(count) - count
-    return np.arange(len(entry)) + (first - start)[entry], entry
+def normalise(total: Float64, query_entries: Int64, database_entries: Int64) -> Float64:
+    """Sums [Q, N] over shared words, divided by the geometric mean of the words [Q] and [N] that both sides see."""
+    # One root of an exact product, so that both ends of a pair get the same.
+    return total / np.sqrt(np.maximum(np.outer(query_entries, database_entries), 1))

@@ -45,8 +45,8 @@ class Codebook:
         if centroids.ndim != 2 or not centroids.size:
             raise ShapeError(f"a codebook needs centroids [K, D], not {centroids.shape}")
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
-        self._index = faiss.IndexFlatL2(centroids.shape[1])
-        self._index.add(self.centroids)
+        # Only the GPU builds of faiss find any.
+        self._gpu = faiss.StandardGpuResources() if faiss.get_num_gpus() else None
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -73,7 +73,10 @@ class Codebook:
         dimension = tokens.shape[1]
         capped = max(min(words, len(tokens) // _FEWEST_POINTS_PER_WORD), 1)
         clustering = faiss.Clustering(dimension, capped, settings)
-        clustering.train(np.ascontiguousarray(tokens, dtype=np.float32), faiss.IndexFlatL2(dimension))
+        index: faiss.Index = faiss.IndexFlatL2(dimension)
+        if faiss.get_num_gpus():
+            index = faiss.index_cpu_to_all_gpus(index)
+        clustering.train(np.ascontiguousarray(tokens, dtype=np.float32), index)
         return cls(faiss.vector_to_array(clustering.centroids).reshape(capped, dimension))
 
     def nearest(self, tokens: Float32, count: int) -> Int32:
@@ -88,5 +91,12 @@ class Codebook:
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.centroids.shape[1]:
             raise ShapeError(f"tokens have shape {tokens.shape}, expected [*, {self.centroids.shape[1]}]")
-        found = self._index.search(np.ascontiguousarray(tokens, dtype=np.float32), min(count, len(self)))[1]
+        if not len(tokens):
+            return np.zeros((0, min(count, len(self))), np.int32)
+        tokens, count = np.ascontiguousarray(tokens, dtype=np.float32), min(count, len(self))
+        # An index would hold the centroids a second time, and search them in the same way.
+        if self._gpu is None:
+            found = faiss.knn(tokens, self.centroids, count)[1]
+        else:
+            found = faiss.knn_gpu(self._gpu, tokens, self.centroids, count)[1]
         return np.asarray(found, dtype=np.int32)

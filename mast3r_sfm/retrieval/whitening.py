@@ -18,6 +18,8 @@ from mast3r_sfm.types import Float32, Float64
 
 # Directions with less than this share of the largest variance are rounding noise of half-precision tokens.
 _SMALLEST_VARIANCE = 1e-7
+# What a codebook is learnt from is gigabytes in double precision, so it passes in parts.
+_TOKENS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,13 @@ class Whitening:
         """Whiten tokens [T, C] to [T, D]; neither side is scaled to unit length."""
         if tokens.ndim != 2 or tokens.shape[1] != len(self.mean):
             raise ShapeError(f"tokens have shape {tokens.shape}, expected [*, {len(self.mean)}]")
-        # In double precision: the last bits of a float32 product depend on the number of threads, and a bit that
-        # flips changes the words, and so the pairs.
-        return ((tokens.astype(np.float64) - self.mean) @ self.projection).astype(np.float32)
+        white = np.empty((len(tokens), self.projection.shape[1]), np.float32)
+        for low in range(0, len(tokens), _TOKENS_AT_ONCE):
+            # In double precision: the last bits of a float32 product depend on the number of threads, and a bit that
+            # flips changes the words, and so the pairs.
+            part = tokens[low : low + _TOKENS_AT_ONCE].astype(np.float64) - self.mean
+            white[low : low + _TOKENS_AT_ONCE] = part @ self.projection
+        return white
 
 
 class TokenMoments:

@@ -154,7 +154,7 @@ class OracleModel:
         self.pairs_at_once = 1
         self.fingerprint = fingerprint("oracle", CODE_VERSION, poses, sorted(sizes), self.noise, seed)
         self.preparation = Preparation(size_px=max(next(iter(sizes))))
-        self.retrieval_tokens = len(next(iter(self._tokens.values())))
+        self.retrieval_tokens, self.token_channels = next(iter(self._tokens.values())).shape
 
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
         """Describe images by the places that their patches of 16 px show; the pixels are not looked at.

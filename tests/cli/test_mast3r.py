@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from mast3r_sfm.matching import check, putative
-from tests.checkpoints import DUST3R, random_tensors, write_hub_folder
+from tests.checkpoints import DUST3R, random_tensors, write_codebook, write_hub_folder, write_retrieval_model
 
 Command = Callable[..., Any]
 SMALL = ("--set", "encode.max_size_px=64", "--device", "cpu", "--threads", 1)
@@ -138,6 +140,45 @@ def test_models_that_cannot_be_loaded(
         assert part in result.err
         if isinstance(path, Path) and path != broken_model:
             assert str(path) in result.err
+
+
+class Malice:
+    """Unpickled naively, it would make a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_official_retrieval_files(model: Path, photos: Path, tmp_path: Path, run_here: Command) -> None:
+    (tmp_path / "weights").mkdir()
+    mine = shutil.copytree(model, tmp_path / "weights" / "mine")
+    retrieval = tmp_path / "weights" / "mine_retrieval_trainingfree.pth"
+    codebook = tmp_path / "weights" / "mine_retrieval_codebook.pkl"
+    width: int = DUST3R["enc_embed_dim"]
+    write_retrieval_model(retrieval, width, nclusters="1k")
+    write_codebook(codebook, 1024, width)
+    arguments = ("reconstruct", photos, "-o", tmp_path / "out", "--model", mine, *SMALL)
+    result = run_here(*arguments)
+    assert result.code == 1
+    report = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert f"photos are compared by {retrieval.name}, in 1,024 visual words" in report["notes"]
+
+    stored = {"type": "Codebook", "params": {"size": 1024}, "state": {"centroids": Malice(tmp_path / "ran")}}
+    codebook.write_bytes(pickle.dumps(stored))
+    result = run_here(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert f"error: {codebook} is refused, and nothing of it was run: it names code" in result.err
+    assert "set pairs.retrieval=collection" in result.err
+    assert not (tmp_path / "ran").exists()
+    result = run_here(*arguments, "--set", "pairs.retrieval=collection")
+    assert result.code == 1
+    result = run_here(*arguments, "--set", "pairs.retrieval=none.pth")
+    assert result.code == 2
+    assert "error: pairs.retrieval = 'none.pth': there is no such file" in result.err
 
 
 def test_compiling_without_a_compiler(model: Path, photos: Path, tmp_path: Path, run_command: Command) -> None:

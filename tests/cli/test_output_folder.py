@@ -34,6 +34,7 @@ REPORT = RunReport(
     models=(MODEL,),
     num_images=3,
     left_out=(LeftOut(name="c.jpg", reason="too small"),),
+    rejected_pairs=(),
     notes=("model: xfeat",),
     seconds=2.5,
 )

@@ -57,6 +57,13 @@ def test_list(run_here: Callable[..., Any], folder: Path) -> None:
     listed = run_here("weights", "list").out
     assert f"installed: {by_hand}" in listed
     assert listed.count("not installed") == len(CATALOGUE) - 1
+    assert "retrieval" not in listed
+    stem = official_weights("dust3r").stem
+    for end in ("trainingfree.pth", "codebook.pkl"):
+        assert "retrieval files" not in run_here("weights", "list").out
+        (folder / f"{stem}_retrieval_{end}").touch()
+    listed = run_here("weights", "list").out
+    assert f"with retrieval files: {folder / f'{stem}_retrieval_trainingfree.pth'}" in listed
 
 
 def test_list_as_json(run_here: Callable[..., Any], folder: Path) -> None:
@@ -68,6 +75,8 @@ def test_list_as_json(run_here: Callable[..., Any], folder: Path) -> None:
     assert entries.keys() == CATALOGUE.keys()
     assert entries["mast3r"]["installed"] is None
     assert entries["dust3r"]["installed"] == str(path_by_hand(official_weights("dust3r")))
+    assert entries["dust3r"]["retrieval"] is None
+    assert entries["mast3r"]["retrieval"] is None
     assert 2.7e9 < entries["mast3r"]["size_bytes"] < 2.8e9
     assert entries["mast3r"]["url"].endswith("_metric.pth")
     assert entries["mast3r"]["license"] == "CC BY-NC-SA 4.0"

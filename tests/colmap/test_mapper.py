@@ -318,8 +318,8 @@ def test_refined_observations_must_fit_twice_as_well(
 
 @pytest.mark.parametrize(
     ("raw_px", "refined_px", "expected_px"),
-    [(0.0, 0.0, 0.0), (12.0, 12.0, 12.0), (12.0, 0.0, 0.0), (0.0, 12.0, 0.0)],
-    ids=["never off", "off", "not off after all", "off only when refined"],
+    [(0.0, 0.0, 0.0), (12.0, 12.0, 12.0), (12.0, 15.0, 15.0), (12.0, 0.0, 0.0), (0.0, 12.0, 0.0), (12.0, -8.0, 0.0)],
+    ids=["never off", "off", "about as far off", "not off after all", "off only when refined", "off elsewhere"],
 )
 def test_refined_observations_confirm_principal_points(
     build_noisy: BuildNoisy, raw_px: float, refined_px: float, expected_px: float

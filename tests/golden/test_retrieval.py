@@ -1,7 +1,6 @@
 """Parity of the retrieval with retrieval.npz and graph.json.
 
-The projector of configuration B belongs to the official retrieval files; of B, what follows the local features is
-compared. The reference counts an image among its own nearest neighbours, may pick a keyframe twice and may run without
+The reference counts an image among its own nearest neighbours, may pick a keyframe twice and may run without
 keyframes; the last two are not comparable and left out.
 """
 
@@ -16,10 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mast3r_sfm.models.retrieval_files import RetrievalModel
 from mast3r_sfm.retrieval.asmk import BinaryFeatures, aggregate, describe, score
 from mast3r_sfm.retrieval.codebook import Codebook
 from mast3r_sfm.retrieval.features import strongest_tokens
-from mast3r_sfm.retrieval.graph import farthest_keyframes, retrieval_graph
+from mast3r_sfm.retrieval.graph import exhaustive_graph, farthest_keyframes, retrieval_graph
+from mast3r_sfm.retrieval.projection import Projector, strongest
+from mast3r_sfm.retrieval.sources import swin_pairs
 from mast3r_sfm.retrieval.whitening import TokenMoments, Whitening
 from mast3r_sfm.types import Encoding, Float32, Float64, Int32, PixelTransform, Reason
 
@@ -65,6 +67,58 @@ def _encoding(tokens: Float32, attention: Float32) -> Encoding:
         transform=PixelTransform(matrix=np.eye(2, 3)),
         network_size=(64, 64),
     )
+
+
+def _retrieval_model(golden: dict[str, Any], config: str) -> RetrievalModel:
+    """As `read_retrieval_model` gives it: the settings are those of the README."""
+    start = f"{config}/param/"
+    arrays = {name.removeprefix(start): array for name, array in golden.items() if name.startswith(start)}
+    return RetrievalModel(
+        hidden=(96, 64) if config == "B" else (),
+        residual=config == "B",
+        prewhitened=True,
+        postwhitened=config == "B",
+        features={"A": 30, "B": -0.6, "C48": 300, "Dnobin": 25}[config],
+        words=len(golden[f"{config}/codebook/centroids"]),
+        arrays={name: array.astype(np.float64) for name, array in arrays.items()},
+    )
+
+
+@pytest.mark.parametrize("config", [*BINARY, "Dnobin"])
+def test_local_features_by_the_official_model(golden: dict[str, Any], config: str) -> None:
+    model = _retrieval_model(golden, config)
+    projector = Projector(model)
+    for index in range(len(golden[f"{config}/scores"])):
+        tokens = golden[f"{config}/img{index}/tokens"]
+        expected = {name: golden[f"{config}/img{index}/{name}"] for name in ("attn", "topk_idx", "local")}
+        attention = projector.project(tokens)[1]
+        np.testing.assert_allclose(attention, expected["attn"], rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(strongest(attention, model.features), expected["topk_idx"])
+        local = projector.local_features(tokens, model.features)
+        np.testing.assert_allclose(local, expected["local"], rtol=0, atol=TOLERANCE)
+    every = projector.finish(projector.project(golden[f"{config}/img0/tokens"])[0])
+    np.testing.assert_allclose(every, golden[f"{config}/img0/feat_all_tokens"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("config", BINARY)
+def test_from_tokens_to_scores_by_the_official_model(golden: dict[str, Any], config: str) -> None:
+    model = _retrieval_model(golden, config)
+    projector, codebook = Projector(model), Codebook(golden[f"{config}/codebook/centroids"])
+    tokens = [golden[f"{config}/img{index}/tokens"] for index in range(len(golden[f"{config}/scores"]))]
+    local = [projector.local_features(some, model.features) for some in tokens]
+    ids = np.repeat(np.arange(len(local), dtype=np.int32), [len(part) for part in local])
+    np.testing.assert_array_equal(ids, golden[f"{config}/ids"])
+    words = codebook.nearest(np.concatenate(local), 5)
+    np.testing.assert_array_equal(words, golden[f"{config}/words_query_ma5"])
+    query, database = (
+        describe(np.concatenate(local), ids, words[:, :assigned], codebook.centroids, len(local)) for assigned in (5, 1)
+    )
+    for index in (0, 1):
+        for features, side in ((database, "db"), (query, "query")):
+            mine = features.image == index
+            np.testing.assert_array_equal(features.word[mine], golden[f"{config}/img{index}/{side}_words"])
+            np.testing.assert_array_equal(features.code[mine], golden[f"{config}/img{index}/{side}_agg_packed_u32"])
+    np.testing.assert_allclose(score(query, database), golden[f"{config}/scores"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("config", ["A", "C48", "Dnobin"])
@@ -118,6 +172,22 @@ def test_scores(golden: dict[str, Any], config: str) -> None:
     np.testing.assert_allclose(found, golden[f"{config}/scores"], rtol=0, atol=TOLERANCE)
 
 
+def test_scores_without_binarisation(golden: dict[str, Any]) -> None:
+    """Unit residual sums instead of codes; the product has none of this, but what leads to it."""
+    local, ids, num_images = _local(golden, "Dnobin")
+    codebook = Codebook(golden["Dnobin/codebook/centroids"])
+    sides = []
+    for assigned in (5, 1):
+        image, word, sums = aggregate(local, ids, codebook.nearest(local, assigned), codebook.centroids)
+        sums = sums / (np.linalg.norm(sums, axis=1, keepdims=True) + 1e-6)
+        sides.append([dict(zip(word[image == one], sums[image == one], strict=True)) for one in range(num_images)])
+    for row, query in enumerate(sides[0]):
+        for column, database in enumerate(sides[1]):
+            cosines = np.array([query[word] @ database[word] for word in query.keys() & database.keys()])
+            found = (np.maximum(cosines, 0) ** 3).sum() / np.sqrt(len(query) * len(database))
+            assert abs(found - golden["Dnobin/scores"][row, column]) < TOLERANCE
+
+
 def test_whitening_is_learnt(golden: dict[str, Any]) -> None:
     tokens: Float64 = golden["whiten_learn/X"]
     moments = TokenMoments(tokens.shape[1])
@@ -163,3 +233,22 @@ def test_pairs(scenes: list[dict[str, Any]]) -> None:
 def _more_similar_than_itself(row: dict[str, Any]) -> NDArray[np.int64]:
     sim: Float64 = row["sim"]
     return (sim > sim.diagonal()[:, None]).sum(axis=1)
+
+
+def test_pairs_by_the_order_of_names(golden_dir: Path) -> None:
+    """Without the reference's prefilters, self pairs and orientations."""
+    rows = json.loads((golden_dir / "graph.json").read_text())["other_scene_graphs"]
+    compared = 0
+    for row in rows:
+        kind = re.fullmatch(r"complete|swin(?:-(\d+))?", row["scene_graph"])
+        if row["prefilter"] is not None or kind is None:
+            continue
+        names = [f"{index}.jpg" for index in range(row["n"])]
+        if row["scene_graph"] == "complete":
+            found = exhaustive_graph(np.eye(row["n"], dtype=np.float32)).pairs
+        else:
+            found = swin_pairs(names, int(kind[1] or 3))
+        expected = {tuple(sorted(pair)) for pair in row["pairs"] if pair[0] != pair[1]}
+        assert {tuple(sorted(pair)) for pair in found.tolist()} == expected, row
+        compared += 1
+    assert compared >= 12

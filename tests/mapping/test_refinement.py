@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mast3r_sfm.geometry.rigid import camera_centre, compose_poses, make_pose, rotation_from_axis_angle
-from mast3r_sfm.mapping.refinement import (
-    MAX_MOVE,
+from mast3r_sfm.mapping.patches import RADIUS
+from mast3r_sfm.mapping.planning import (
     MAX_VIEW_STRETCH,
     MIN_SHARED,
     MIN_VIEW_COSINE,
+    SAME_DEPTH,
     Geometry,
-    Refined,
-    Refiner,
+    _nearest_views,
+    seen_beside,
 )
+from mast3r_sfm.mapping.refinement import MAX_MOVE, MIN_SPACING, Refined, Refiner
 from mast3r_sfm.synthetic.cameras import look_at, make_cameras
 from mast3r_sfm.synthetic.render import render
 from mast3r_sfm.synthetic.scenes import make_scene
@@ -314,7 +316,7 @@ def test_points_off_the_surface_are_not_believed() -> None:
         found = plane().judge(displaced, refined)
         shares.append(found.kept.mean())
         # What is kept, it is in its true place, but for a few that are alike by chance.
-        assert (found.after[found.kept] > 0.5).sum() < 0.03 * len(found.after)
+        assert (found.after[found.kept] > 0.5).sum() < 0.06 * len(found.after)
     assert shares[0] > 0.97
     assert shares[1] < 0.6
     assert shares[2] < 0.1
@@ -331,23 +333,26 @@ def turned(cameras: Pinholes, image: int, angle: float) -> Pinholes:
 @cache
 def large() -> Set:
     """As if matched at a quarter of the photos' size."""
-    texture = Texture(shortest=0.05, longest=1.2, waves=40)
-    return of_surface(Surface(texture=texture, bumps=0.1), arc(3, focal_px=560.0, width_px=560, height_px=420))
+    texture = Texture(shortest=0.025, longest=0.6, waves=20)
+    return of_surface(Surface(texture=texture, bumps=0.1), arc(3, focal_px=1040.0, width_px=1040, height_px=390))
 
 
-def test_the_coarse_levels_follow_the_scale_of_matching() -> None:
-    def levels(pixel_scale: float) -> list[float]:
-        return Refiner(load_grey=lambda _: np.zeros((1, 1), np.float32), pixel_scale=pixel_scale, threads=1).levels
+def test_the_levels_follow_the_scale_of_matching_and_the_size_of_the_photos() -> None:
+    def levels(pixel_scale: float, long_side_px: float = 1e5) -> list[float]:
+        blank = Refiner(load_grey=lambda _: np.zeros((1, 1), np.float32), pixel_scale=pixel_scale, threads=1)
+        return blank.levels(long_side_px)
 
-    known = Refiner(load_grey=lambda _: plane().photos[0], pixel_scale=8.0, threads=1, at_full_resolution=True)
-    assert known.levels == [1.0]
-    assert levels(1.0) == [2.0, 1.0]
+    assert levels(1.0) == levels(1.0, 1024) == [2.0, 1.0]
     assert levels(0.3) == [2.0, 1.0]
-    assert levels(4.0) == [8.0, 4.0, 2.0, 1.0]
-    for scale in np.linspace(0.1, 20, 50):
-        found = levels(float(scale))
-        assert found[0] == 2 * max(scale, 1)
-        assert found[-1] == 1.0
+    assert levels(4.0) == levels(4.0, 4096) == [8.0, 4.0, 2.0, 1.0]
+    assert levels(4.0, 3000) == [6.0, 3.0, 1.5, 1.0]
+    assert levels(4.0, 1000) == [4.0, 2.0, 1.0]
+    assert levels(1.0, 768) == [1.536, 1.0]
+    assert levels(1.0, 384) == [1.0, 0.5]
+    assert levels(1.0, 100) == [1.0, MIN_SPACING]
+    for scale, long_side in product(np.linspace(0.1, 20, 50).tolist(), (50.0, 400.0, 640.0, 1e3, 1e4)):
+        found = levels(scale, long_side)
+        assert MIN_SPACING <= found[-1] <= 1 <= max(scale, 1) <= found[0] <= 2 * max(scale, 1)
         assert all(1 < one / two <= 3 for one, two in pairwise(found))
 
 
@@ -360,7 +365,7 @@ def test_large_photos_are_searched_as_far_as_their_matching_was_coarse() -> None
         mine = tracks.image[found.moving] == 2
         assert mine.sum() > 60
         assert (found.kept[mine].mean() > 0.97) == good
-        assert found.kept[mine].mean() < 0.05 or good
+        assert found.kept[mine].mean() < 0.06 or good
         assert found.kept[~mine].mean() > 0.9
         if good:
             assert np.median(found.after[found.kept]) < 0.05
@@ -369,7 +374,9 @@ def test_large_photos_are_searched_as_far_as_their_matching_was_coarse() -> None
 
 def test_nothing_moves_farther_than_matching_may_err() -> None:
     tracks = plane().tracks()
-    for off_px, kept in ((0.8 * MAX_MOVE, 0.9), (1.3 * MAX_MOVE, 0.02)):
+    reach = RADIUS * MIN_SPACING  # of so small photos
+    assert reach < MAX_MOVE
+    for off_px, kept in ((0.7 * reach, 0.9), (1.3 * reach, 0.02)):
         refined = plane().refine(tracks, geometry=turned(plane().cameras, 0, off_px / plane().cameras.focal_px))
         found = plane().judge(tracks, refined)
         share = found.kept[tracks.image[found.moving] == 0].mean()
@@ -558,6 +565,124 @@ def distances(made: Set, tracks: Tracks, found: Tracks) -> Float64:
     return np.array(off)
 
 
+def parted(tracks: Tracks, lost: Bool) -> tuple[Tracks, Tracks]:
+    """The observations that are not lost, and those that are, of the same points."""
+    kept, gone = (
+        Tracks(
+            points=tracks.points,
+            point=tracks.point[rows],
+            image=tracks.image[rows],
+            keypoint=tracks.keypoint[rows],
+            xy=tracks.xy[rows],
+        )
+        for rows in (~lost, lost)
+    )
+    return kept, gone
+
+
+def test_what_is_seen_beside_another_point() -> None:
+    """Every second point stands behind the others' surface."""
+    whole, cameras = plane().tracks(300, noise_px=0.0), plane().cameras
+    tracks, gone = parted(whole, np.random.default_rng(8).random(len(whole.point)) < 0.4)
+    is_behind = np.arange(300) % 2 == 1
+    points = tracks.points + np.where(is_behind[:, None], [0.0, 0.0, 0.2], 0.0)
+    tracks, radius_px = replace(tracks, points=points), 12.0
+    found = seen_beside(tracks, cameras, radius_px)
+    there, candidates = places(tracks), places(found)
+    assert not there & candidates
+    assert len(candidates) == len(found.point)
+    assert set(found.keypoint.tolist()) == {-1}
+    expected = set()
+    for image in range(5):
+        mine = np.flatnonzero(tracks.image == image)
+        depth = np.linalg.norm(points - camera_centre(cameras.poses[image]), axis=1)
+        for point, xy in enumerate(cameras.project(image, points)):
+            distance = np.linalg.norm(tracks.xy[mine] - xy, axis=1)
+            other = depth[tracks.point[mine[distance.argmin()]]]
+            inside = ((xy > 8) & (xy < np.array(cameras.size(image)) - 8)).all()
+            same = distance.min() < radius_px and abs(depth[point] - other) < SAME_DEPTH * other
+            if inside and same and point in tracks.point and (point, image) not in there:
+                expected.add((point, image))
+    assert candidates == expected
+    assert 50 < len(candidates) < 0.6 * len(gone.point)
+
+
+def test_what_is_seen_beside_another_point_is_found_at_any_angle() -> None:
+    """The last image sees every second point; the one before it, at half the angle, none."""
+    tracks = plane().tracks(300, noise_px=0.0)
+    rows = (tracks.image == 4) & (tracks.point % 2 == 1) | (tracks.image == 3)
+    kept, gone = parted(tracks, rows)
+    nothing = parted(kept, np.zeros(len(kept.point), np.bool_))[1]
+    found = plane().refiner(pixel_scale=8.0).complete(kept, plane().cameras, nothing)
+    wide = (gone.image == 4) & np.isin(gone.point, found.point[found.image == 4])
+    assert wide.sum() > 20
+    assert distances(plane(), kept, found).max() < 1
+    assert np.median(distances(plane(), kept, found)) < 0.05
+
+
+@pytest.mark.parametrize("made", [plane, bumps])
+def test_what_was_lost_is_found_again(made: Callable[[], Set]) -> None:
+    """At any angle, and with the number that its keypoint has."""
+    tracks = made().tracks(noise_px=0.0)
+    kept, lost = parted(tracks, tracks.image == 4)
+    off = np.random.default_rng(2).normal(size=lost.xy.shape)
+    found = made().refiner().complete(kept, made().cameras, replace(lost, xy=lost.xy + off))
+    assert len(lost.point) > 100
+    assert len(found.point) > 0.95 * len(lost.point)
+    row = {keypoint: number for number, keypoint in enumerate(lost.keypoint.tolist())}
+    true = np.array([row[keypoint] for keypoint in found.keypoint.tolist()])
+    np.testing.assert_array_equal(found.point, lost.point[true])
+    assert set(found.image.tolist()) == {4}
+    distance = np.linalg.norm(found.xy - lost.xy[true], axis=1)
+    assert 0 < np.median(distance) < 0.05
+    assert np.quantile(distance, 0.95) < 0.3
+
+
+def test_what_another_thing_hides_is_not_found_again() -> None:
+    tracks = plane().tracks(300, noise_px=0.2)
+    kept, lost = parted(tracks, tracks.image == 4)
+    card = Surface(texture=Texture(seed=7, shortest=0.075, longest=0.5)).photograph(plane().cameras, 1)
+    hidden = plane().photos[4].copy()
+    hidden[:, :160] = card[:, :160]
+    found = plane().refiner(photos=(*plane().photos[:4], hidden)).complete(kept, plane().cameras, lost)
+    behind, beside = (lost.keypoint[side].tolist() for side in (lost.xy[:, 0] < 145, lost.xy[:, 0] > 175))
+    again = set(found.keypoint.tolist())
+    assert min(len(behind), len(beside)) > 60
+    assert len(again & set(behind)) < 0.06 * len(behind)
+    assert len(again & set(beside)) > 0.95 * len(beside)
+
+
+def test_where_nothing_was_lost_no_photo_is_read() -> None:
+    tracks = plane().tracks(20)
+    kept, lost = parted(tracks, np.zeros(len(tracks.point), np.bool_))
+
+    def no_photo(image: int) -> Float32:
+        raise AssertionError(f"photo {image} was read")
+
+    refiner = Refiner(load_grey=no_photo, pixel_scale=1.0, threads=1)
+    assert len(refiner.complete(kept, plane().cameras, lost).point) == 0
+
+
+def test_the_nearest_view_is_the_one_at_the_smallest_angle() -> None:
+    rng = np.random.default_rng(5)
+    point = rng.permutation(np.repeat(np.arange(20), rng.integers(1, 6, 20)))
+    count = len(point)
+    tracks = Tracks(
+        points=np.zeros((20, 3)),
+        point=point,
+        image=np.arange(count),
+        keypoint=np.arange(count),
+        xy=np.zeros((count, 2)),
+    )
+    directions, towards = rng.normal(size=(count, 3)), rng.normal(size=(50, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    points = rng.integers(0, 20, 50)
+    found = _nearest_views(tracks, directions, points, towards)
+    for sought, direction, row in zip(points, towards, found, strict=True):
+        assert point[row] == sought
+        assert directions[row] @ direction == pytest.approx((directions[point == sought] @ direction).max())
+
+
 def thinned(tracks: Tracks, share: float = 0.3, *, seed: int = 0) -> Tracks:
     """Without some of the observations, but with three of a point at least: of two, both are as central."""
     rng = np.random.default_rng(seed)
@@ -676,7 +801,7 @@ def test_what_another_thing_hides_is_not_found() -> None:
     beside = set(rows[(x < 45) | (x > 215) | (y < 25) | (y > 215)].tolist())
     again = set(found.point[found.image == 1].tolist())
     assert len(behind) > 15
-    assert len(behind & again) <= 0.03 * len(behind)
+    assert len(behind & again) <= 0.04 * len(behind)
     assert len(beside) > 15
     # Where a point's own best view is the hidden one, it is not found elsewhere either.
     assert len(beside & again) > 0.95 * len(beside)

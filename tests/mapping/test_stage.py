@@ -241,6 +241,8 @@ class Knowing(Refiner):
     """Observations of these that are kept all the same."""
     finds: bool = True
     """Whether what an image does not show yet is found in it."""
+    completes: bool = False
+    """Whether what was rejected aligns when it is tried again."""
     calls: list[Tracks] = field(default_factory=list)
     extensions: list[Tracks] = field(default_factory=list)
 
@@ -253,6 +255,22 @@ class Knowing(Refiner):
             xy[mine] = self.true[image][cKDTree(self.noisy[image]).query(tracks.xy[mine])[1]]
             kept[mine[: self.spared]] = True
         return Refined(xy=xy, kept=kept)
+
+    def complete(self, tracks: Tracks, geometry: Geometry, lost: Tracks) -> Tracks:
+        assert isinstance(geometry, ColmapModel)
+        assert len(lost.points) == len(tracks.points)
+        xy = lost.xy.copy()
+        for image in np.unique(lost.image).tolist():
+            mine = np.flatnonzero(lost.image == image)
+            xy[mine] = self.true[image][cKDTree(self.noisy[image]).query(lost.xy[mine])[1]]
+        rows = np.flatnonzero(np.full(len(xy), self.completes))
+        return Tracks(
+            points=lost.points,
+            point=lost.point[rows],
+            image=lost.image[rows],
+            keypoint=lost.keypoint[rows],
+            xy=xy[rows],
+        )
 
     def extend(self, tracks: Tracks, geometry: Geometry) -> Tracks:
         assert isinstance(geometry, ColmapModel)
@@ -403,6 +421,28 @@ def test_an_image_may_lose_many_of_its_observations(tmp_path: Path, finds: bool)
     # All that is new is a keypoint more.
     for image, xy in refined.keypoints().items():
         assert len(xy) - len(plain.keypoints()[image]) == count[image] - before[image]
+
+
+@pytest.mark.parametrize("detected", [True, False])
+def test_tracks_of_a_dense_model_get_back_the_keypoints_that_they_lost(tmp_path: Path, detected: bool) -> None:
+    """Where these align at last. Detected keypoints are not asked for again."""
+    scene = ring(4, turn_deg=80, points=160)
+    given, refiner = noisy_input(scene, [range(4)], rejected=(2,), spared=25, finds=False, completes=True)
+    given = replace(given, detected=detected)
+    (plain,) = build_refined(given, tmp_path, None)
+    (refined,) = build_refined(given, tmp_path, refiner)
+    before, after = plain.tracks(), refined.tracks()
+    if detected:
+        assert (after.image == 2).sum() == 25
+        return
+    assert refined.num_points == plain.num_points
+    assert (before.image == 2).sum() > 95
+    for image in range(4):
+        assert set(after.keypoint[after.image == image]) == set(before.keypoint[before.image == image])
+        assert len(refined.keypoints()[image]) == len(plain.keypoints()[image])
+    assert worst_error(refined, scene) < 0.01
+    assert refined.summary("").mean_reprojection_error_px < 0.01
+    assert_database_agrees(tmp_path, [refined])
 
 
 def test_further_observations_are_adjusted_to(tmp_path: Path) -> None:

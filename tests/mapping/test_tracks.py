@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from mast3r_sfm import pipeline
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import read_model
 from mast3r_sfm.config import Config, MapConfig, RunOptions
+from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.mapping.stage import MapInput, build_models, write_matches
+from mast3r_sfm.synthetic.cameras import Kind
 from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View, make_views
@@ -106,32 +109,44 @@ def test_tracks_of_exact_matches_are_as_long_as_can_be(tmp_path: Path) -> None:
     assert 0.95 < model.num_points / (count > 1).sum() < 1.03
 
 
-@pytest.fixture(scope="module")
-def views() -> Mapping[str, View]:
-    """A façade from five places."""
-    return make_views("facade", 5, width_px=96, height_px=72)
+@lru_cache
+def scene_views(kind: Kind) -> Mapping[str, View]:
+    """A façade from five places, or things on a pedestal from all around."""
+    width_px, number = (96, 5) if kind == "facade" else (128, 6)
+    return make_views(kind, number, width_px=width_px, height_px=width_px * 3 // 4)
 
 
-@pytest.mark.parametrize("pixel_px", [0.0, 1.0])
-def test_tracks_of_a_dense_model_are_long(
-    views: Mapping[str, View],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    pixel_px: float,
-) -> None:
-    """The noise is of each pair's own, at both ends: more than the radius within which keypoints are one."""
-    oracle = OracleModel(views, OracleNoise(pixel_px=pixel_px))
-    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: oracle)
-    pipeline.reconstruct(photo_folder(tmp_path, views), tmp_path / "out", Config(), RunOptions(threads=1))
+def true_count(views: Mapping[str, View]) -> TimesSeen:
+    """In how many of the views each pixel's surface is seen."""
     names = sorted(views)
     count = [1 + sum(correspond(views[one], views[two])[1] for two in names if two != one) for one in names]
 
     def times_seen(image: int, xy: Float64) -> Float64:
-        column, row = (xy.astype(np.int64).clip(0, [95, 71])).T
+        height, width = count[image].shape
+        column, row = (xy.astype(np.int64).clip(0, [width - 1, height - 1])).T
         seen: Float64 = count[image][row, column].astype(np.float64)
         return seen
 
-    mapped = read_model(tmp_path / "out" / "sparse" / "0").tracks()
+    return times_seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixel_px", "least", "turn_deg"),
+    [("facade", 0.0, 0.9, 0.15), ("facade", 1.0, 0.9, 1.0), ("object", 1.0, 0.8, 0.3)],
+)
+def test_tracks_of_a_dense_model_are_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, pixel_px: float, least: float, turn_deg: float
+) -> None:
+    """The noise is of each pair's own, at both ends: more than the radius within which keypoints are one."""
+    views = scene_views(kind)
+    oracle = OracleModel(views, OracleNoise(pixel_px=pixel_px))
+    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: oracle)
+    pipeline.reconstruct(photo_folder(tmp_path, views), tmp_path / "out", Config(), RunOptions(threads=1))
+    model = read_model(tmp_path / "out" / "sparse" / "0")
+    mapped = model.tracks()
     assert_once(mapped)
     assert len(mapped.points) > 1000
-    assert 0.9 < share_of_true_length(mapped, times_seen) < 1.05
+    assert least < share_of_true_length(mapped, true_count(views)) < 1.05
+    truth = {name: view.cam_from_world for name, view in views.items()}
+    errors = measure_pairs([model.cam_from_world], truth, sorted(views))
+    assert errors.rotation_deg.mean() < turn_deg

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.evaluation.pairs import direction_angle
 from mast3r_sfm.geometry.rigid import angle_between_rotations, make_pose, transform_points
 from mast3r_sfm.geometry.similarity import align_similarity
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
-from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, check_pair
+from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, Putative, check_pair
+from mast3r_sfm.synthetic.covisibility import correspond
 from mast3r_sfm.types import Float64, Int64, PairMatches, Verdict
 from tests.exact import CENTRE_PX, Scene, random_pixels, ring, street, turning, wall
+from tests.scenes import object_views, second_from_first
 
 CONFIG = MatchConfig()
 
@@ -167,6 +171,43 @@ def test_points_in_one_place_or_on_one_line_fix_no_pose(along: Float64) -> None:
     assert edge.verdict is Verdict.GOOD
     assert match.verdict is Verdict.WEAK
     assert len(match) == 0
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_best_matches_of_a_pointmap_may_lie_side_by_side(smooth: bool) -> None:
+    """Equally confident ones stand row by row, and confidence changes slowly over the image."""
+    views = list(object_views(10).values())
+    shares, turns = [], []
+    for number, (first, second) in enumerate(zip(views, views[2:], strict=False)):
+        rng = np.random.default_rng(number)
+        xy, seen = correspond(first, second)
+        grid = np.stack(np.meshgrid(np.arange(128) + 0.5, np.arange(96) + 0.5), axis=-1)
+        confidence = np.exp(gaussian_filter(rng.normal(size=seen.shape), 12) * 30 * smooth)[seen].astype(np.float32)
+        world = first.points_world[seen]
+        points = MatchedPoints(
+            first=transform_points(first.cam_from_world, world),
+            second=transform_points(second.cam_from_world, world),
+            decode_disagreement_deg=0.0,
+        )
+        putative = Putative(
+            xy_first=grid[seen] + rng.normal(size=(seen.sum(), 2)),
+            xy_second=xy[seen] + rng.normal(size=(seen.sum(), 2)),
+            confidence=confidence,
+            is_distinct=np.ones(len(world), np.bool_),
+            points=partial(_chosen_points, points),
+        )
+        cameras = [View(focal_px=one.K[0, 0], centre_px=one.K[:2, 2], scale=1.0) for one in (first, second)]
+        match = calibrate_pair(check_pair((0, 1), putative, CONFIG, 0), *cameras, CONFIG, 0)
+        assert match.verdict.has_depth
+        shares.append(len(match) / len(world))
+        turns.append(pose_errors(match, second_from_first(first, second))[0])
+    # Of two Gaussian errors, one in each image, 96 % are within the bound of two pixels.
+    assert 0.85 < min(shares) <= max(shares) < 0.99
+    assert max(turns) < 1e-3
+
+
+def _chosen_points(points: MatchedPoints, chosen: Int64) -> MatchedPoints:
+    return replace(points, first=points.first[chosen], second=points.second[chosen])
 
 
 def test_what_is_no_link_stays_none() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching import checker, stage
+from mast3r_sfm.matching import checker, rounds
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.stage import Matcher
@@ -31,6 +31,7 @@ class Numbered:
     name = "numbered"
     fingerprint = "0" * 64
     retrieval_tokens = 1
+    token_channels = 1
     images_at_once = 1
     preparation = Preparation(size_px=8)
 
@@ -108,7 +109,7 @@ def test_every_pair_gets_its_own_answer(
         return check_pair(pair, putative, config, seed)
 
     monkeypatch.setattr(checker, "check_pair", note)
-    monkeypatch.setattr(stage, "PAIRS_PER_CHUNK", 10)
+    monkeypatch.setattr(rounds, "PAIRS_PER_CHUNK", 10)
     model, encodings, listener = Numbered(at_once), Encodings(), Listener()
     assert isinstance(model, DenseModel)
     matcher = make_matcher(model, encodings, threads)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching import stage
+from mast3r_sfm.matching import rounds
 from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.hard import SMALL_PART
@@ -58,7 +58,7 @@ def scene() -> Scene:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "PAIRS_PER_CHUNK", 16)
+    monkeypatch.setattr(rounds, "PAIRS_PER_CHUNK", 16)
 
 
 def blinded(encodings: list[Encoding], images: Sequence[int]) -> list[Encoding]:

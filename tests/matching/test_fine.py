@@ -53,6 +53,7 @@ class PixelModel:
     name = "pixels"
     fingerprint = "0" * 64
     retrieval_tokens = 1
+    token_channels = 1
     images_at_once = 3
     preparation = Preparation(size_px=40)
 
@@ -413,7 +414,7 @@ def test_fine_matches_are_as_exact_as_the_photos_are_large(house: House) -> None
 
 def test_a_stage_that_was_cut_off_ends_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = shifted(tmp_path, (1, 6, 1))
-    monkeypatch.setattr("mast3r_sfm.matching.stage.PAIRS_PER_CHUNK", 1)
+    monkeypatch.setattr("mast3r_sfm.matching.rounds.PAIRS_PER_CHUNK", 1)
 
     def run(folder: str, model: PixelModel, threads: int) -> tuple[list[EpipolarEdge], int]:
         encodings = photos.encodings(model)

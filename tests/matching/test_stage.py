@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.matching import checker, stage
+from mast3r_sfm.matching import checker, rounds
 from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, check_pair
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.stage import Matcher
@@ -31,7 +31,7 @@ def scene() -> Scene:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen pairs in four chunks."""
-    monkeypatch.setattr(stage, "PAIRS_PER_CHUNK", 4)
+    monkeypatch.setattr(rounds, "PAIRS_PER_CHUNK", 4)
 
 
 def make_matcher(scene: Scene, *, photo_scale: float = 1.0, threads: int = 2) -> Matcher:

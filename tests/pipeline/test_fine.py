@@ -20,7 +20,7 @@ from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.errors import ConfigError
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.evaluation.trajectory import measure_trajectory
-from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching import rounds
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View, make_views
 from mast3r_sfm.synthetic.scenes import make_scene
@@ -93,7 +93,7 @@ def run_oracle(views: dict[str, View], photos: Path) -> Callable[..., Run]:
         # Refinement by patches would hide where matching left the observations.
         config = Config().with_overrides([f"match.resolution={resolution}", "map.refine=false"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(match_stage, "PAIRS_PER_CHUNK", 1)
+            patch.setattr(rounds, "PAIRS_PER_CHUNK", 1)
             patch.setattr(pipeline, "load_model", lambda *_, **__: model)
             report = pipeline.reconstruct(photos, output, config, RunOptions(device="cpu", threads=1))
         return Run(output=output, report=report)

@@ -18,10 +18,9 @@ from safetensors.numpy import load_file
 from mast3r_sfm import encoding, pipeline
 from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.errors import ReconstructionError, WeightsError
-from mast3r_sfm.matching import check, putative
-from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching import check, putative, rounds
 from mast3r_sfm.models.mast3r.model import Mast3rModel
-from mast3r_sfm.pipeline import read_report
+from mast3r_sfm.report import read_report
 from mast3r_sfm.storage import encodings as storage
 from mast3r_sfm.storage.encodings import pack
 from mast3r_sfm.types import Encoding, PixelTransform, RunReport
@@ -49,7 +48,7 @@ def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "IMAGES_PER_CHUNK", 2)
         patch.setattr(storage, "IMAGES_PER_CHUNK", 2)
-        patch.setattr(match_stage, "PAIRS_PER_CHUNK", 2)
+        patch.setattr(rounds, "PAIRS_PER_CHUNK", 2)
         patch.setattr(check, "MAX_ITERATIONS", 200)
         patch.setattr(putative, "MAX_SEEDS", 300)
         yield

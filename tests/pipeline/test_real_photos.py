@@ -11,7 +11,8 @@ from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.evaluation.metrics import compare
 from mast3r_sfm.evaluation.truth import read_truth_json
-from mast3r_sfm.pipeline import read_report, reconstruct
+from mast3r_sfm.pipeline import reconstruct
+from mast3r_sfm.report import read_report
 
 OPTIONS = RunOptions(device="cpu", threads=2)
 

@@ -1,15 +1,19 @@
-"""What a user is told of photos that stand in no model."""
+"""What a user is told of photos and pairs that are not in the result."""
 
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mast3r_sfm.reasons import why_left_out, why_nothing
+from mast3r_sfm.alignment.stage import align
+from mast3r_sfm.config import AlignConfig
+from mast3r_sfm.reasons import rejected_pairs, why_left_out, why_nothing
 from mast3r_sfm.types import ImageRecord, ImageSet, PairMatches, Verdict
+from tests.exact import ring, turned_wrong
 
 
 def pair(first: int, second: int, verdict: Verdict, count: int = 30) -> PairMatches:
@@ -35,7 +39,7 @@ def photos(number: int) -> ImageSet:
 @pytest.mark.parametrize(
     ("matches", "expected"),
     [
-        ([], "no other photo was found"),
+        ([], "stands in no pair that was matched"),
         ([pair(0, 3, Verdict.WEAK, 0), pair(1, 3, Verdict.TOO_FEW, 0)], "no other photo was found"),
         (
             [pair(0, 3, Verdict.WATERMARK, 0), pair(2, 3, Verdict.WATERMARK, 0), pair(1, 3, Verdict.WEAK, 0)],
@@ -63,9 +67,49 @@ def test_why_there_is_nothing() -> None:
     apart = why_nothing([pair(0, 1, Verdict.WEAK, 0), pair(1, 2, Verdict.TOO_FEW, 0)])
     assert "no two photos" in apart
     assert "overlap" in apart
-    assert "no two photos" in why_nothing([])
     assert "watermark" not in apart
     marked = why_nothing([pair(0, 1, Verdict.WEAK, 0), pair(1, 2, Verdict.WATERMARK, 0)])
     assert "no two photos" in marked
     assert "1 pairs match only on" in marked
     assert "watermark" in marked
+
+
+def test_nothing_was_matched() -> None:
+    assert "no pair of photos was matched; raise the time budget" in why_nothing([])
+
+
+def test_pairs_that_alignment_dropped_are_named_with_their_errors() -> None:
+    scene = ring(8, turn_deg=200)
+    images = [(first, second) for first, second in combinations(range(8), 2) if second - first < 4]
+    matches = [scene.matches(*images) for images in images]
+    wrong = [number for number, pair in enumerate(images) if pair in ((1, 4), (2, 3))]
+    rng = np.random.default_rng(0)
+    for number in wrong:
+        matches[number] = turned_wrong(matches[number], rng)
+    names = [f"{image}.jpg" for image in range(8)]
+    parts = align(matches, 8, AlignConfig())
+    found = rejected_pairs(matches, parts, names)
+    assert {(one.first, one.second) for one in found} == {("1.jpg", "4.jpg"), ("2.jpg", "3.jpg")}
+    assert found[0].matches >= found[1].matches
+    for one in found:
+        number = next(n for n in wrong if (names[images[n][0]], names[images[n][1]]) == (one.first, one.second))
+        turned = matches[number].second_from_first[:, :3] @ scene.second_from_first(*images[number])[:, :3].T
+        angle = np.degrees(np.arccos((np.trace(turned) - 1) / 2))
+        assert one.matches == len(matches[number])
+        assert one.rotation_error_deg == pytest.approx(angle, abs=0.1)
+        assert one.direction_error_deg is not None
+        assert 0 <= one.direction_error_deg <= 180
+    right = [match for number, match in enumerate(matches) if number not in wrong]
+    assert rejected_pairs(right, align(right, 8, AlignConfig()), names) == ()
+
+
+def test_a_dropped_pair_between_parts_has_no_errors() -> None:
+    scene = ring(8)
+    rng = np.random.default_rng(1)
+    matches = [scene.matches(*pair) for pair in (*combinations(range(4), 2), *combinations(range(4, 8), 2))]
+    matches += [turned_wrong(scene.matches(*pair), rng) for pair in ((0, 5), (1, 6), (2, 4), (3, 7))]
+    parts = align(matches, 8, AlignConfig())
+    assert len(parts) == 2
+    found = rejected_pairs(matches, parts, [str(image) for image in range(8)])
+    assert {(one.first, one.second) for one in found} == {("0", "5"), ("1", "6"), ("2", "4"), ("3", "7")}
+    assert all(one.rotation_error_deg is None and one.direction_error_deg is None for one in found)

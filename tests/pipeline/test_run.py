@@ -20,7 +20,7 @@ from mast3r_sfm.evaluation.metrics import compare
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.evaluation.truth import read_truth_json
 from mast3r_sfm.geometry.rigid import compose_poses, make_pose
-from mast3r_sfm.pipeline import read_report
+from mast3r_sfm.report import read_report
 from mast3r_sfm.types import Float64, ModelSummary, RunReport, StageReport
 from tests.pipeline.conftest import PHOTOS, SMALL, Reconstruct, Run
 
@@ -80,7 +80,7 @@ def test_the_report_is_run_json(first_run: Run) -> None:
     fields = {field.name for field in dataclasses.fields(RunReport)}
     assert set(written) == fields
     plain: dict[str, Any] = dataclasses.asdict(first_run.report)
-    for name in fields - {"stages", "models", "left_out", "notes"}:
+    for name in fields - {"stages", "models", "left_out", "rejected_pairs", "notes"}:
         assert written[name] == plain[name]
     assert [set(stage) for stage in written["stages"]] == [{f.name for f in dataclasses.fields(StageReport)}] * 7
     assert [set(model) for model in written["models"]] == [{f.name for f in dataclasses.fields(ModelSummary)}]
@@ -89,7 +89,7 @@ def test_the_report_is_run_json(first_run: Run) -> None:
     assert written["model"] == "xfeat"
     assert Config.from_mapping(written["config"]) == Config().with_overrides(SMALL)
     assert written["num_images"] == PHOTOS
-    assert written["left_out"] == []
+    assert written["left_out"] == written["rejected_pairs"] == []
     assert written["error"] == ""
     assert read_report(first_run.output) == written
 
@@ -109,10 +109,11 @@ def test_the_counts_fit_together(first_run: Run) -> None:
     counts = {stage.stage: stage.counts for stage in first_run.report.stages}
     assert counts["prepare"] == {"photos": PHOTOS, "usable": PHOTOS}
     assert counts["pairs"]["pairs"] == counts["match"]["pairs"] == PHOTOS * (PHOTOS - 1) / 2
+    assert counts["pairs"]["exhaustive"] == sum(counts["pairs"].values()) / 2
     kinds = ("good", "planar", "pure rotation", "weak", "too few matches")
     assert sum(counts["match"][kind] for kind in kinds) == counts["match"]["pairs"]
     assert counts["match"]["links"] == sum(counts["match"][kind] for kind in kinds[:3])
-    assert counts["align"] == {"parts": 1, "images": PHOTOS}
+    assert counts["align"] == {"parts": 1, "images": PHOTOS, "rejected pairs": 0}
     assert counts["map"] == {"models": 1, "images": PHOTOS}
     (model,) = first_run.report.models
     assert counts["export"] == {"points": model.points, "observations": model.observations}

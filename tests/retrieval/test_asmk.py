@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mast3r_sfm.errors import ShapeError
-from mast3r_sfm.retrieval import asmk
-from mast3r_sfm.retrieval.asmk import BinaryFeatures, binarise, describe, score, symmetric
+from mast3r_sfm.retrieval import postings
+from mast3r_sfm.retrieval.asmk import BinaryFeatures, binarise, describe, score
 
 Codes = dict[int, list[bool]]
 
@@ -64,36 +64,33 @@ def test_scores_are_those_of_the_plain_reference(seed: int, images: int, dimensi
     assert found.max() <= 1
 
 
-def test_the_size_of_a_block_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_block_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, image, words, centroids = _collection(5, 9, 64)
     features = describe(tokens, image, words, centroids, 9)
     whole = score(features, features)
-    for limit in (1, 7, 50):
-        monkeypatch.setattr(asmk, "_PAIRS_AT_ONCE", limit)
-        np.testing.assert_allclose(score(features, features), whole, atol=1e-7)
+    for limit, short in ((1, 0), (7, 3), (50, 100)):
+        monkeypatch.setattr(postings, "_PAIRS_AT_ONCE", limit)
+        monkeypatch.setattr(postings, "_SHORT", short)
+        np.testing.assert_array_equal(score(features, features), whole)
 
 
-def test_an_image_is_fully_similar_to_itself_and_not_at_all_to_its_mirror() -> None:
-    tokens, image, words, centroids = _collection(6, 4, 64)
+@pytest.mark.parametrize("dimension", [64, 1024])
+def test_an_image_is_fully_similar_to_itself_and_not_at_all_to_its_mirror(dimension: int) -> None:
+    tokens, image, words, centroids = _collection(6, 4, dimension)
     features = describe(tokens, image, words, centroids, 4)
     mirrored = BinaryFeatures(num_images=4, image=features.image, word=features.word, code=~features.code)
     np.testing.assert_allclose(score(features, features).diagonal(), 1.0, atol=1e-6)
     np.testing.assert_array_equal(score(features, mirrored).diagonal(), 0.0)
 
 
-def test_parts_join_to_the_whole() -> None:
-    tokens, image, words, centroids = _collection(7, 6, 40)
-    whole = describe(tokens, image, words, centroids, 6)
-    early, late = image < 2, image >= 2
-    joined = BinaryFeatures.concatenate(
-        [
-            describe(tokens[early], image[early], words[early], centroids, 2),
-            describe(tokens[late], image[late] - 2, words[late], centroids, 4),
-        ]
-    )
-    assert joined.num_images == 6
-    for name in ("image", "word", "code"):
-        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+@pytest.mark.parametrize("bits", [32, 96, 1024])
+@pytest.mark.parametrize("alpha", [1.0, 2.5, 3.0])
+def test_weights_are_such_that_sums_are_exact(bits: int, alpha: float) -> None:
+    weight = postings.weight_of_distance(bits, alpha)
+    exact = [max(1 - 2 * differ / bits, 0) ** alpha for differ in range(bits + 1)]
+    np.testing.assert_allclose(weight, exact, rtol=0, atol=2.0**-31)
+    np.testing.assert_array_equal(weight * 2**30 % 1, 0)
+    assert weight[0] == 1
 
 
 def test_images_without_tokens_are_similar_to_nothing() -> None:
@@ -108,11 +105,6 @@ def test_bits_are_packed_from_the_highest() -> None:
     values[0, [0, 31, 33]] = 0.5
     values[0, 5] = 0.0
     np.testing.assert_array_equal(binarise(values), [[0x8000_0001, 0x4000_0000]])
-
-
-def test_symmetric_is_the_mean_of_both_directions() -> None:
-    scores = np.array([[0.4, 0.1], [0.3, 0.5]], np.float32)
-    np.testing.assert_allclose(symmetric(scores), [[1, 0.2], [0.2, 1]])
 
 
 def test_features_of_unequal_length_are_refused() -> None:

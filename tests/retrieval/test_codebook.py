@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,3 +63,27 @@ def test_wrong_shapes_are_refused() -> None:
         Codebook.train(np.zeros((0, 4), np.float32), 4, seed=0)
     with pytest.raises(ShapeError, match=r"\[\*, 4\]"):
         Codebook(np.ones((2, 4), np.float32)).nearest(np.zeros((3, 5), np.float32), 1)
+
+
+def test_a_gpu_build_of_faiss_is_used_where_it_finds_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that such a build offers, computed on the CPU."""
+    tokens = np.random.default_rng(0).standard_normal((400, 16)).astype(np.float32)
+    expected = Codebook.train(tokens, 32, seed=1)
+    used: list[str] = []
+
+    def to_gpus(index: object) -> object:
+        used.append("train")
+        return index
+
+    def search(resources: object, queries: object, base: object, count: int) -> object:
+        used.append(f"search with {resources}")
+        return faiss.knn(queries, base, count)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "memory of the device", raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus, raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", search, raising=False)
+    codebook = Codebook.train(tokens, 32, seed=1)
+    np.testing.assert_array_equal(codebook.centroids, expected.centroids)
+    np.testing.assert_array_equal(codebook.nearest(tokens, 5), expected.nearest(tokens, 5))
+    assert used == ["train", "search with memory of the device"]

@@ -10,11 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mast3r_sfm import config as module
-from mast3r_sfm.config import Config, PairsConfig, RunOptions, fingerprint, read_toml
+from mast3r_sfm.config import PAIR_SOURCES, Config, EncodeConfig, PairsConfig, RunOptions, fingerprint, read_toml
 from mast3r_sfm.errors import ConfigError
 
 STAGES = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
-SETTINGS = [f"{stage}.{field.name}" for stage in STAGES for field in dataclasses.fields(get_type_hints(Config)[stage])]
+SETTINGS = [
+    f"{stage}.{field.name}"
+    for stage in STAGES
+    for field in dataclasses.fields(get_type_hints(Config)[stage])
+    if (stage, field.name) != ("pairs", "file")  # goes with a source of pairs only
+]
 
 
 def is_valid(name: str, value: object) -> bool:
@@ -38,6 +43,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return (st.integers(1, 100) | st.integers(0, 2**62)).filter(lambda value: is_valid(name, value))
     if kind is bool:
         return st.booleans()
+    if name == "pairs.source":
+        return st.lists(st.sampled_from([one for one in PAIR_SOURCES if one != "file"]), min_size=1).map(",".join)
     return st.text(st.characters(exclude_categories=["C"]), min_size=1)
 
 
@@ -199,3 +206,10 @@ def test_fingerprint_refuses_what_has_no_fixed_text() -> None:
         fingerprint(object())
     with pytest.raises(ValueError, match="JSON"):
         fingerprint(float("nan"))
+
+
+def test_few_photos_keep_more_keypoints() -> None:
+    assert [EncodeConfig().keypoints_of(count) for count in (1, 2, 5, 8, 9, 10, 5000)] == [
+        *(8192, 8192, 8192, 5120, 4551, 4096, 4096)
+    ]
+    assert EncodeConfig(keypoints=100).keypoints_of(2) == 100

@@ -80,6 +80,7 @@ class Mast3rModel:
             patch_px=architecture.patch_px,
             square_crop=architecture.image_size_px == size_px == SQUARE_SIZE_PX,
         )
+        self.token_channels = architecture.encoder_width
         self._architecture = architecture
         self._device = device
         self._precision = precision

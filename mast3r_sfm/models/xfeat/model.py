@@ -34,7 +34,7 @@ class XFeatModel:
 
     name = "xfeat"
     images_at_once = 1
-    retrieval_tokens = 1000
+    retrieval_tokens = 2000
 
     def __init__(self, keypoints: int, device: torch.device, max_size_px: int = 0) -> None:
         """Load the network.
