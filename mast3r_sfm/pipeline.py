@@ -349,9 +349,7 @@ class _Run:
             self.config.seed,
         )
 
-    def _align(
-        self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig
-    ) -> tuple[list[AlignmentResult], Rig]:
+    def _align(self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig) -> tuple[list[AlignmentResult], Rig]:
         """The parts, and the cameras with the focal lengths that pointmaps have."""
         own_depth = isinstance(paired.model, DenseModel) and self.matching.features != "sift"
         scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])

@@ -15,6 +15,7 @@ from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors
 from mast3r_sfm.alignment.optimise import Course, Stopping, minimise
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
 from mast3r_sfm.alignment.start import average_start, edge_similarities, tree_start
+from mast3r_sfm.alignment.tree import TreeKind
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.types import Bool, Float64, Int32
 
@@ -23,8 +24,8 @@ from mast3r_sfm.types import Bool, Float64, Int32
 class PointmapOptions:
     """How pointmaps are aligned."""
 
-    from_tree: bool = False
-    """Start along the spanning tree of most evidence rather than from averages over all edges."""
+    tree: TreeKind | None = None
+    """Start along such a tree rather than from averages over all edges."""
     coarse_kernels: tuple[float, ...] = (0.2, 0.05)
     """Errors relative to depth at which the loss begins to level off, one after the other."""
     fine_kernels_px: tuple[float, ...] = (4.0, 1.0)
@@ -68,7 +69,9 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
     if len(components(problem.num_images, problem.pairs)) > 1:
         raise ReconstructionError("the pairs do not connect all images: align each connected part by itself")
     similar = edge_similarities(problem)
-    scene, agrees = (tree_start if options.from_tree else average_start)(problem, similar)
+    scene, agrees = (
+        average_start(problem, similar) if options.tree is None else tree_start(problem, similar, options.tree)
+    )
     kept = agrees & (similar.support > options.min_agreement)
     courses: list[Course] = []
     for kernel, stopping in _schedule(options, options.coarse_kernels):

@@ -13,6 +13,7 @@ from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, a
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
 from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.rotations import average_rotations, trust_by_triangles
+from mast3r_sfm.alignment.tree import TreeKind
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
@@ -66,7 +67,7 @@ def align(
                 waiting.append(inside[kept])
             else:
                 if pinholes is not None:
-                    result = _align_pointmaps([matches[edge] for edge in inside], result, pinholes)
+                    result = _align_pointmaps([matches[edge] for edge in inside], result, pinholes, config)
                 results.append(replace(result, edges=inside[result.edges]))
     return sorted(results, key=lambda result: (-len(result.images), int(result.images[0])))
 
@@ -97,13 +98,15 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
     )
 
 
-def _align_pointmaps(matches: list[PairMatches], averaged: AlignmentResult, pinholes: Pinholes) -> AlignmentResult:
+def _align_pointmaps(
+    matches: list[PairMatches], averaged: AlignmentResult, pinholes: Pinholes, config: AlignConfig
+) -> AlignmentResult:
     """The part by its pointmaps, or as it was averaged where these do not hold it together."""
     stated = problem_from_matches(matches, averaged.images, pinholes.rig, pinholes.pixel_scale)
     if stated is None:
         return averaged
     problem, judged = stated
-    aligned = _hold_together(problem)
+    aligned = _hold_together(problem, None if config.start == "averages" else TreeKind(config.start))
     if aligned is None:
         return averaged
     kept = ~judged  # what could not be compared has not been refuted either
@@ -126,11 +129,14 @@ def _align_pointmaps(matches: list[PairMatches], averaged: AlignmentResult, pinh
     )
 
 
-def _hold_together(problem: PointmapProblem) -> PointmapAlignment | None:
-    """All images aligned, from averages or, where these mislead, along a tree; None where neither holds them all."""
-    for from_tree in (False, True):
+def _hold_together(problem: PointmapProblem, start: TreeKind | None) -> PointmapAlignment | None:
+    """All images aligned, from averages or the tree asked for or, where these mislead, along the tree of most evidence.
+
+    None where neither holds them all.
+    """
+    for tree in (start, TreeKind.MAXIMUM):
         try:
-            aligned = align_pointmaps(problem, PointmapOptions(from_tree=from_tree))
+            aligned = align_pointmaps(problem, PointmapOptions(tree=tree))
         except ReconstructionError:
             continue
         if aligned.placed.all():

@@ -14,7 +14,7 @@ from scipy.sparse.linalg import splu
 from mast3r_sfm.alignment.edges import EdgeSet
 from mast3r_sfm.alignment.problem import Batch, PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.alignment.rotations import average_rotations, graph_laplacian, trust_by_triangles
-from mast3r_sfm.alignment.tree import TreeKind, kinematic_trees
+from mast3r_sfm.alignment.tree import TreeKind, kinematic_trees, saturating_score
 from mast3r_sfm.geometry.rigid import make_pose
 from mast3r_sfm.types import Bool, Float64
 
@@ -127,15 +127,17 @@ def average_start(problem: PointmapProblem, similar: EdgeSimilarities) -> tuple[
     return _placed(problem, rotations, centres, log_scale[:, 0]), agrees
 
 
-def tree_start(problem: PointmapProblem, similar: EdgeSimilarities) -> tuple[Scene, Bool]:
-    """The same along the spanning tree of most evidence: what to fall back to where averaging fails.
+def tree_start(problem: PointmapProblem, similar: EdgeSimilarities, kind: TreeKind) -> tuple[Scene, Bool]:
+    """The same along a tree: what to fall back to where averaging fails.
 
     Args:
         problem: a connected one.
         similar: of its edges.
+        kind: of the tree; clusterings take a pair with three matches per anchor of an image for as good as any.
     """
     evidence = _weighted(problem, similar).weight
-    (tree,) = kinematic_trees(problem.pairs, evidence, problem.num_images, TreeKind.MAXIMUM, saturation=np.inf)
+    enough = saturating_score(len(problem.anchor_depth) / problem.num_images)
+    (tree,) = kinematic_trees(problem.pairs, evidence, problem.num_images, kind, enough)
     number = {(first, second): edge for edge, (first, second) in enumerate(problem.pairs.tolist())}
     rotations, centres = np.tile(np.eye(3), (problem.num_images, 1, 1)), np.zeros((problem.num_images, 3))
     log_scale = np.zeros(problem.num_images)

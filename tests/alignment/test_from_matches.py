@@ -14,7 +14,8 @@ from mast3r_sfm.alignment.from_matches import problem_from_matches
 from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.stage import Pinholes, align, with_focal_lengths
-from mast3r_sfm.config import AlignConfig
+from mast3r_sfm.alignment.tree import TreeKind
+from mast3r_sfm.config import AlignConfig, Config
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
 from mast3r_sfm.geometry.similarity import align_similarity
@@ -175,15 +176,31 @@ def test_where_averages_mislead_a_tree_is_tried(monkeypatch: pytest.MonkeyPatch)
     asked = []
 
     def only_from_tree(problem: PointmapProblem, options: PointmapOptions) -> PointmapAlignment:
-        asked.append(options.from_tree)
-        if not options.from_tree:
+        asked.append(options.tree)
+        if options.tree is None:
             raise ReconstructionError("misled")
         return align_pointmaps(problem, options)
 
     monkeypatch.setattr(stage, "align_pointmaps", only_from_tree)
     (result,) = align(matches, len(views), AlignConfig(), _pinholes(views))
-    assert asked == [False, True]
+    assert asked == [None, TreeKind.MAXIMUM]
     assert result.stop_reason.startswith("pointmaps settled")
+    assert 0.02 < _errors(result, views)[0] < 0.45
+
+
+@pytest.mark.parametrize("start", ["maximum", "ward", "average", "single"])
+def test_the_start_that_was_asked_for_is_taken_first(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    matches, views = _noisy("facade")
+    asked = []
+
+    def note(problem: PointmapProblem, options: PointmapOptions) -> PointmapAlignment:
+        asked.append(options.tree)
+        return align_pointmaps(problem, options)
+
+    monkeypatch.setattr(stage, "align_pointmaps", note)
+    config = Config().with_overrides([f"align.start={start}"]).align
+    (result,) = align(matches, len(views), config, _pinholes(views))
+    assert asked == [TreeKind(start)]
     assert 0.02 < _errors(result, views)[0] < 0.45
 
 

@@ -14,6 +14,7 @@ from mast3r_sfm.alignment.optimise import Stopping, minimise
 from mast3r_sfm.alignment.pointmaps import PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.start import average_start, edge_similarities, tree_start
+from mast3r_sfm.alignment.tree import TreeKind
 from mast3r_sfm.errors import DivergedError, ReconstructionError
 from mast3r_sfm.geometry.rigid import (
     angle_between_rotations,
@@ -63,14 +64,16 @@ def test_known_focal_lengths_stay_and_make_it_better(scene: str) -> None:
     np.testing.assert_array_equal(result.scene.focal_px, problem.known_focal_px)
 
 
+@pytest.mark.parametrize("kind", [TreeKind.MAXIMUM, TreeKind.WARD])
 @pytest.mark.parametrize("scene", VIEWS)
-def test_a_tree_leads_to_the_same_place(scene: str) -> None:
+def test_a_tree_leads_to_the_same_place(scene: str, kind: TreeKind) -> None:
     problem, views = _noisy(scene)
     similar = edge_similarities(problem)
-    start = [measure(make(problem, similar)[0], problem, views) for make in (tree_start, average_start)]
+    starts = tree_start(problem, similar, kind)[0], average_start(problem, similar)[0]
+    start = [measure(one, problem, views) for one in starts]
     assert start[1].rotation_deg < start[0].rotation_deg < 3.0
     assert start[1].position_percent < start[0].position_percent < 10.0
-    scenes = [align_pointmaps(problem, PointmapOptions(from_tree=from_tree)).scene for from_tree in (True, False)]
+    scenes = [align_pointmaps(problem, PointmapOptions(tree=tree)).scene for tree in (kind, None)]
     ends = [measure(scene, problem, views) for scene in scenes]
     assert ends[0].rotation_deg == pytest.approx(ends[1].rotation_deg, abs=0.02)
     assert ends[0].position_percent == pytest.approx(ends[1].position_percent, abs=0.05)
