@@ -206,8 +206,8 @@ class AlignConfig:
     max_direction_error_deg: float = 20.0
     """A pair whose baseline points this far away from the whole's is dropped (farther where its rays are parallel)."""
     start: Literal["averages", "maximum", "ward", "average", "single"] = "averages"
-    """What the alignment of pointmaps starts from: averages over all pairs, the maximum spanning tree of their evidence,
-    or the tree of a clustering by it. Where it does not hold all images, the maximum spanning tree is tried."""
+    """What the alignment of pointmaps starts from: averages over all pairs, the maximum spanning tree of their
+    evidence, or the tree of a clustering by it. Where it does not hold all images, the maximum spanning tree is tried."""
 
     def __post_init__(self) -> None:
         _require(self.min_images >= 2, "align.min_images", self.min_images, "must be at least 2")
