@@ -207,7 +207,7 @@ class AlignConfig:
     """A pair whose baseline points this far away from the whole's is dropped (farther where its rays are parallel)."""
     start: Literal["averages", "maximum", "ward", "average", "single"] = "averages"
     """What the alignment of pointmaps starts from: averages over all pairs, the maximum spanning tree of their
-    evidence, or the tree of a clustering by it. Where it does not hold all images, the maximum spanning tree is tried."""
+    evidence, or the tree of a clustering by it. Where it does not hold all images, the maximum tree is tried."""
 
     def __post_init__(self) -> None:
         _require(self.min_images >= 2, "align.min_images", self.min_images, "must be at least 2")
