@@ -74,10 +74,15 @@ class Mapper:
         mapper.end_reconstruction(False)
         return self._finish(reconstruction)
 
-    def readjust(self, model: ColmapModel) -> ColmapModel:
+    def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
         """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
 
         The database is not asked: observations may be there that it does not know.
+
+        Args:
+            model: it is not changed.
+            settle: whether this is the last word; otherwise it is adjusted once, and principal points stay where they
+                are.
         """
         reconstruction = pycolmap.Reconstruction(model.reconstruction)
         self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
@@ -87,6 +92,9 @@ class Mapper:
         options, bundle = _mapper_options(self._settings), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
+        if not settle:
+            _adjust(reconstruction, options, bundle)
+            return self._finish(reconstruction)
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
         # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
         # the raw ones, which err independently, showed: one about as far, in about that direction.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,11 @@ class ColmapModel:
 
     def tracks(self) -> Tracks:
         """All points with their observations; image n is that of the id n + 1, as the database numbers them."""
+        return self._tracks
+
+    @cached_property
+    def _tracks(self) -> Tracks:
+        # Read observation by observation, which takes as long as a step of bundle adjustment.
         numbers = sorted(self._reconstruction.point3D_ids())
         points = [self._reconstruction.point3D(number) for number in numbers]
         rows = [

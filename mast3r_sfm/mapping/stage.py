@@ -170,14 +170,14 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner, *, complete: 
     """
     tracks = model.tracks()
     refined = refiner.refine(tracks, model)
-    adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept))
+    adjusted = mapper.readjust(model.moved(tracks, refined.xy, refined.kept), settle=False)
     if not _holds_all(adjusted, model):
         return model
     longer = adjusted
     if complete:
         longer = adjusted.extended(refiner.complete(adjusted.tracks(), adjusted, adjusted.lost(model)))
     further = mapper.readjust(longer.extended(refiner.extend(longer.tracks(), longer)))
-    return further if _holds_all(further, model) else adjusted
+    return further if _holds_all(further, model) else mapper.readjust(adjusted)
 
 
 def _holds_all(adjusted: ColmapModel, before: ColmapModel) -> bool:

@@ -129,7 +129,14 @@ def test_a_download(run_command: Callable[..., Any], hub: Hub, folder: Path) -> 
 def test_an_interrupted_download_goes_on(run_command: Callable[..., Any], hub: Hub) -> None:
     hub.hang_after = 500_000
     program = [sys.executable, "-m", "mast3r_sfm_cli.main", "weights", "download", NAME, "--accept-license"]
-    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        program,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, they were started with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         part = hub_folder(official_weights(NAME)) / f".{MODEL}.{hub.digest(MODEL)[:16]}.part"
         for _ in range(600):
             if part.exists() and part.stat().st_size > 400_000:

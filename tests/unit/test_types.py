@@ -232,6 +232,9 @@ def test_stored_reasons_do_not_change() -> None:
         "BRIDGE": 3,
         "USER": 4,
         "EXHAUSTIVE": 5,
+        "SEQUENCE": 6,
+        "GPS": 7,
+        "SECOND_ROUND": 8,
     }
 
 
@@ -356,6 +359,7 @@ def test_a_photo_in_two_models_counts_once() -> None:
         models=(model("a", "b"), model("b", "c")),
         num_images=4,
         left_out=(),
+        rejected_pairs=(),
         notes=(),
         seconds=1.0,
     )
