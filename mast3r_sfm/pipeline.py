@@ -83,13 +83,7 @@ def reconstruct(
         ArtifactError: `output` cannot be written.
         ReconstructionError: the photos carry no model; run.json says what was found.
     """
-    run = _Run(
-        images=images,
-        output=output,
-        config=config or Config(),
-        options=options or RunOptions(),
-        recorder=Recorder(progress or SilentProgress()),
-    )
+    run = _new_run(images, output, config, options, progress)
     started = time.monotonic()
     try:
         with torch_threads(run.threads):
@@ -121,13 +115,7 @@ def choose_pairs(
 
     Args and errors as for `reconstruct`.
     """
-    run = _Run(
-        images=images,
-        output=output,
-        config=config or Config(),
-        options=options or RunOptions(),
-        recorder=Recorder(progress or SilentProgress()),
-    )
+    run = _new_run(images, output, config, options, progress)
     with torch_threads(run.threads):
         paired = run.find_pairs()
     names, graph = paired.photos.names, paired.chosen.graph
@@ -144,6 +132,18 @@ def choose_pairs(
         kinds={reason.name.lower(): int((graph.reason == reason).sum()) for reason in Reason},
         notes=tuple(run.recorder.notes),
         stages=tuple(run.recorder.stages),
+    )
+
+
+def _new_run(
+    images: Path, output: Path, config: Config | None, options: RunOptions | None, progress: Progress | None
+) -> _Run:
+    return _Run(
+        images=images,
+        output=output,
+        config=config or Config(),
+        options=options or RunOptions(),
+        recorder=Recorder(progress or SilentProgress()),
     )
 
 
