@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import mast3r_sfm
+from mast3r_sfm import pipeline
 from mast3r_sfm.colmap.model import ColmapModel
-from mast3r_sfm.config import Config
+from mast3r_sfm.config import Config, EncodeConfig
 from mast3r_sfm.errors import ConfigError, InputError, ReconstructionError
 from mast3r_sfm.evaluation.metrics import compare
 from mast3r_sfm.evaluation.pairs import measure_pairs
@@ -333,3 +334,19 @@ def test_reports_that_cannot_be_read(tmp_path: Path) -> None:
     assert read_report(tmp_path) == {}
     (tmp_path / "run.json").write_text('{"version": "1"}')
     assert read_report(tmp_path) == {"version": "1"}
+
+
+def test_the_model_is_asked_for_the_keypoints_that_suit_the_collection(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(*_: object, config: EncodeConfig, **__: object) -> None:
+        asked.append(config.keypoints)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    for number, settings in enumerate(([], ["encode.keypoints=900"])):
+        with pytest.raises(ConfigError, match="enough"):
+            pipeline.reconstruct(house, tmp_path / str(number), Config().with_overrides(settings))
+    assert asked == [6826, 900]
