@@ -15,7 +15,11 @@ from mast3r_sfm.colmap.principal_point import MIN_IMAGES, off_centre_cameras
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.types import Float64
 
-MAX_REFINEMENTS = 5
+MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
+"""Rounds of global bundle adjustment, each to a relative change of its cost."""
+ROUGH_REFINEMENTS, ROUGH_TOLERANCE = 2, 1e-4
+"""The same where observations are still to be refined: what the last rounds gain is a tenth of a pixel, and all the more
+is gained then."""
 READJUSTMENTS = 2
 REFINED_TRUST = 0.5
 """By which thresholds and the loss shrink once observations are refined."""
@@ -48,12 +52,13 @@ class Mapper:
         self._settings = settings
         self._options = _mapper_options(settings)
 
-    def build(self, poses: Mapping[int, Float64], *, grow: bool = True) -> ColmapModel:
+    def build(self, poses: Mapping[int, Float64], *, grow: bool = True, rough: bool = False) -> ColmapModel:
         """Triangulate from given poses, adjust everything, and register what else the model can hold.
 
         Args:
             poses: cam_from_world [3, 4] by image number (0-based), approximate.
             grow: whether further images are tried.
+            rough: whether observations will be refined and adjusted again, so that less will do.
         """
         self._hold_distortion(poses)
         reconstruction = pycolmap.Reconstruction()
@@ -66,10 +71,10 @@ class Mapper:
         mapper.begin_reconstruction(reconstruction)
         triangulation = self._triangulation_options(len(poses))
         self._triangulate_all(mapper, reconstruction, triangulation)
-        self._adjust(mapper, triangulation)
+        self._adjust(mapper, triangulation, rough=rough)
         while grow and self._register_more(mapper, triangulation):
-            self._adjust(mapper, triangulation)
-        self._settle_principal_points(mapper, reconstruction, triangulation)
+            self._adjust(mapper, triangulation, rough=rough)
+        self._settle_principal_points(mapper, triangulation, rough=rough)
         _one_observation_per_image(mapper.observation_manager, reconstruction)
         mapper.end_reconstruction(False)
         return self._finish(reconstruction)
@@ -106,6 +111,8 @@ class Mapper:
             bundle.refine_principal_point = True
             found = off_centre_cameras(reconstruction, bundle) if shifted else {}
             confirmed = {number for number in shifted & found.keys() if _agrees(reconstruction, number, found[number])}
+            if shifted and confirmed == shifted:
+                break
             for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
                 camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
         if confirmed:
@@ -134,13 +141,11 @@ class Mapper:
                 _change_model(camera, "SIMPLE_PINHOLE")
 
     def _settle_principal_points(
-        self,
-        mapper: pycolmap.IncrementalMapper,
-        reconstruction: pycolmap.Reconstruction,
-        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
     ) -> None:
         """Refine the principal points that are determined and out of the middle; leave the others there."""
-        options = self._bundle_options()
+        reconstruction = mapper.reconstruction
+        options = self._bundle_options(rough=rough)
         options.refine_principal_point = True
         refined = off_centre_cameras(reconstruction, options)
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
@@ -163,11 +168,11 @@ class Mapper:
             mapper.triangulate_image(triangulation, number)
 
     def _adjust(
-        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
     ) -> None:
-        mapper.iterative_global_refinement(
-            MAX_REFINEMENTS, MAX_CHANGE, self._options, self._bundle_options(), triangulation, True
-        )
+        bundle = self._bundle_options(rough=rough)
+        rounds = ROUGH_REFINEMENTS if rough else MAX_REFINEMENTS
+        mapper.iterative_global_refinement(rounds, MAX_CHANGE, self._options, bundle, triangulation, True)
         mapper.filter_frames(self._options)
 
     def _register_more(
@@ -191,7 +196,7 @@ class Mapper:
         options.random_seed = self._settings.seed
         return options
 
-    def _bundle_options(self) -> pycolmap.BundleAdjustmentOptions:
+    def _bundle_options(self, *, rough: bool = False) -> pycolmap.BundleAdjustmentOptions:
         options = pycolmap.BundleAdjustmentOptions()
         options.print_summary = False
         options.ceres.loss_function_type = pycolmap.LossFunctionType.SOFT_L1
@@ -199,7 +204,7 @@ class Mapper:
         options.ceres.solver_options.max_num_iterations = 50
         options.ceres.solver_options.num_threads = self._settings.threads
         options.ceres.min_num_residuals_for_cpu_multi_threading = PARALLEL_RESIDUALS
-        options.ceres.solver_options.function_tolerance = 1e-5
+        options.ceres.solver_options.function_tolerance = ROUGH_TOLERANCE if rough else TOLERANCE
         return options
 
     @property

@@ -20,8 +20,8 @@ from torch import Tensor
 RADIUS = 7
 """Half the side of a patch, which counts less towards its border."""
 MAX_ITERATIONS = 15
-CONVERGED = 0.01
-"""Step in pixels below which a patch has arrived."""
+CONVERGED, NEAR = 0.01, 0.1
+"""Steps in pixels below which a patch has arrived, and is near enough to go on from on a finer level."""
 MAX_STEP = 1.5
 _FLAT = 1e-3
 """Standard deviation of the grey values, in 0..255, of a patch that shows nothing."""
@@ -106,7 +106,9 @@ def cut_windows(image: Tensor, xy: Tensor, spacing: float) -> Tensor:
     return sample(image, xy[:, None, None] + spacing * _grid(RADIUS + 1)).half()
 
 
-def align_patches(image: Tensor, reference: Patches, affine: Tensor, start: Tensor) -> Alignment:
+def align_patches(
+    image: Tensor, reference: Patches, affine: Tensor, start: Tensor, tolerance: float = CONVERGED
+) -> Alignment:
     """Find patches in an image.
 
     Args:
@@ -114,6 +116,7 @@ def align_patches(image: Tensor, reference: Patches, affine: Tensor, start: Tens
         reference: what is looked for.
         affine: [N, 2, 2] from pixels of the patch to pixels of the image.
         start: [N, 2] pixels of the image where they are expected, to within a few pixels of the patch.
+        tolerance: pixels of the patch; one has arrived when it steps less.
     """
     weight = _weights()
     # Patches that show nothing keep a matrix that can be inverted; their uncertainty says what they are.
@@ -122,7 +125,7 @@ def align_patches(image: Tensor, reference: Patches, affine: Tensor, start: Tens
     xy, last = start.clone(), torch.full((len(start),), torch.inf)
     offsets = _grid(RADIUS).reshape(-1, 2) @ affine.transpose(1, 2)  # [N, K, 2]
     for _ in range(MAX_ITERATIONS):
-        moving = (last > CONVERGED).nonzero()[:, 0]
+        moving = (last > tolerance).nonzero()[:, 0]
         if not len(moving):
             break
         seen, _ = _normalised(sample(image, xy[moving, None] + offsets[moving]))
@@ -142,7 +145,7 @@ def align_patches(image: Tensor, reference: Patches, affine: Tensor, start: Tens
         xy=xy,
         correlation=correlation,
         uncertainty=(residual / (effective * worst)).sqrt(),
-        converged=last <= CONVERGED,
+        converged=last <= tolerance,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mast3r_sfm.mapping.patches import RADIUS, Patches, align_patches, cut_windows, smooth
+from mast3r_sfm.mapping.patches import CONVERGED, NEAR, RADIUS, Patches, align_patches, cut_windows, smooth
 from mast3r_sfm.mapping.planning import Geometry, Plan, plan_completion, plan_extension, plan_refinement, seen_beside
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
 
@@ -199,7 +199,9 @@ class Refiner:
         window, good = torch.from_numpy(plan.window[mine]), torch.from_numpy(plan.usable[mine])
         place = start
         for level, cut in zip(plan.levels, windows, strict=True):
-            found = align_patches(smooth(grey, SMOOTHING * level), Patches.prepare(cut[window]), level * affine, place)
+            seen, reference = smooth(grey, SMOOTHING * level), Patches.prepare(cut[window])
+            tolerance = CONVERGED if level == plan.levels[-1] else NEAR
+            found = align_patches(seen, reference, level * affine, place, tolerance)
             place = found.xy
         good &= found.converged & (found.correlation > trust.correlation) & (found.uncertainty < trust.uncertainty)
         # Beyond its own width, a patch is found by chance.

@@ -110,7 +110,7 @@ def build_models(
                 if given.names[image] not in taken
             }
             progress.advance()
-            for model in _coherent_models(mapper, poses, taken):
+            for model in _coherent_models(mapper, poses, taken, rough=refiner is not None):
                 share = model.observed_share
                 if model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
                     continue
@@ -129,22 +129,25 @@ def build_models(
     return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
 
 
-def _coherent_models(mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str]) -> Iterator[ColmapModel]:
+def _coherent_models(
+    mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str], *, rough: bool
+) -> Iterator[ColmapModel]:
     """The model that poses lead to; its groups each by itself, where next to nothing holds them together.
 
     Args:
         mapper: of the database.
         poses: cam_from_world [3, 4] by image number.
         taken: names of images that stand in other models; the poses are of none of them.
+        rough: as for `Mapper.build`.
     """
     waiting = [(poses, True)]
     while waiting:
         some, grow = waiting.pop(0)
         if len(some) < 2:
             continue
-        model = mapper.build(some, grow=grow)
+        model = mapper.build(some, grow=grow, rough=rough)
         if taken & model.cam_from_world.keys():
-            model = mapper.build(some, grow=False)
+            model = mapper.build(some, grow=False, rough=rough)
         groups = model.groups(MIN_SHARED)
         if len(groups) == 1:
             yield model
