@@ -59,6 +59,7 @@ def _model_line(model: ModelSummary) -> str:
         f"{model.path}: {_count(len(model.images), 'image')}, {_count(model.points, 'point')}, "
         f"mean track length {model.mean_track_length:.2f}, "
         f"mean reprojection error {model.mean_reprojection_error_px:.2f} px"
+        + ("" if model.mapper == "align" else f", by COLMAP's {model.mapper} mapper")
     )
 
 

@@ -391,7 +391,8 @@ class _Run:
     ) -> None:
         for model in models:
             model.colour(photos.root)
-        self.models = tuple(write_models(models, self.output / "sparse"))
+        written = write_models(models, self.output / "sparse")
+        self.models = tuple(dataclasses.replace(summary, mapper=self.config.map.mapper) for summary in written)
         models[0].write_ply(self.output / "points.ply")
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(

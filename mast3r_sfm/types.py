@@ -436,6 +436,8 @@ class ModelSummary:
     observations: int
     mean_track_length: float
     mean_reprojection_error_px: float
+    mapper: str = "align"
+    """What made it: align (ours), or COLMAP's global or incremental."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ class Mapper:
         while grow and self._register_more(mapper, triangulation):
             self._adjust(mapper, triangulation)
         self._settle_principal_points(mapper, reconstruction, triangulation)
-        _one_observation_per_image(mapper.observation_manager, reconstruction)
+        one_observation_per_image(mapper.observation_manager, reconstruction)
         mapper.end_reconstruction(False)
         return self._finish(reconstruction)
 
@@ -229,7 +229,7 @@ def _adjust(
         manager.deregister_frame(frame)
 
 
-def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
+def one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
     """Of several keypoints that one image has in a track, keep the one nearest to where the point projects."""
     for number in sorted(reconstruction.point3D_ids()):
         point = reconstruction.point3D(number)
