@@ -350,10 +350,10 @@ class _Run:
         )
 
     def _align(self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig) -> tuple[list[AlignmentResult], Rig]:
-        """The parts, and the cameras with the focal lengths that pointmaps have."""
+        """The parts, and the cameras with the focal lengths that alignment found."""
         own_depth = isinstance(paired.model, DenseModel) and self.matching.features != "sift"
         scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
-        pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale) if own_depth else None
+        pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale, own_depth=own_depth)
         parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes)
         return parts, align_stage.with_focal_lengths(rig, parts)
 
