@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mast3r_sfm.types import ModelSummary, RunReport
+    from mast3r_sfm.summaries import ModelSummary, RunReport
 
 _LISTED = 20
 _RESULTS = {

@@ -39,18 +39,15 @@ from mast3r_sfm.retrieval.picture import draw_pairs
 from mast3r_sfm.retrieval.stage import ChosenPairs
 from mast3r_sfm.storage.cache import StageCache, write_atomic, write_json
 from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
+from mast3r_sfm.summaries import ModelSummary, PairsReport, RejectedPair, RunReport
 from mast3r_sfm.types import (
     AlignmentResult,
     Encoding,
     ImageSet,
     LeftOut,
-    ModelSummary,
     PairMatches,
-    PairsReport,
     Reason,
-    RejectedPair,
     Rig,
-    RunReport,
     Verdict,
     ViewGraph,
 )

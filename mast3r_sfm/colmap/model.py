@@ -13,7 +13,8 @@ import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.errors import InputError
-from mast3r_sfm.types import Bool, Camera, Float64, ModelSummary, Tracks
+from mast3r_sfm.summaries import ModelSummary
+from mast3r_sfm.types import Bool, Camera, Float64, Tracks
 
 
 class ColmapModel:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mast3r_sfm.config import Config, RunOptions
-from mast3r_sfm.types import LeftOut, ModelSummary, RunReport, StageReport
+from mast3r_sfm.summaries import ModelSummary, RunReport, StageReport
+from mast3r_sfm.types import LeftOut
 from mast3r_sfm_cli.main import run
 
 MODEL = ModelSummary(
