@@ -31,6 +31,9 @@ def summarise(report: RunReport, output: Path) -> str:
         lines += [f"  {entry.name}: {entry.reason}" for entry in report.left_out[:_LISTED]]
         if len(report.left_out) > _LISTED:
             lines.append(f"  and {len(report.left_out) - _LISTED} more: see {output / 'run.json'}")
+    if weak := [image for model in report.models for image in model.per_image if image.weak]:
+        listed = _some([f"{image.name} ({image.weak})" for image in weak])
+        lines.append(f"held weakly, their poses may be wrong ({len(weak)}): {listed}")
     if report.rejected_pairs:
         worst = report.rejected_pairs[0]
         lines.append(

@@ -18,6 +18,7 @@ from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
+from mast3r_sfm.held import summarise_images
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
 from mast3r_sfm.machine import usable_cpus
@@ -212,7 +213,7 @@ class _Run:
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:
-            self._export(models, photos, matches, report)
+            self._export(models, photos, matches, parts, report)
 
     def _load_model(self, num_images: int) -> PairModel:
         name = resolve_name(self.config.encode.model)
@@ -384,12 +385,23 @@ class _Run:
         return models
 
     def _export(
-        self, models: list[ColmapModel], photos: ImageSet, matches: Sequence[PairMatches], report: StageDraft
+        self,
+        models: list[ColmapModel],
+        photos: ImageSet,
+        matches: Sequence[PairMatches],
+        parts: Sequence[AlignmentResult],
+        report: StageDraft,
     ) -> None:
         for model in models:
             model.colour(photos.root)
-        written = write_models(models, self.output / "sparse")
-        self.models = tuple(dataclasses.replace(summary, mapper=self.config.map.mapper) for summary in written)
+        self.models = tuple(
+            dataclasses.replace(
+                summary,
+                mapper=self.config.map.mapper,
+                per_image=summarise_images(model, parts, photos.names),
+            )
+            for summary, model in zip(write_models(models, self.output / "sparse"), models, strict=True)
+        )
         models[0].write_ply(self.output / "points.ply")
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(

@@ -22,6 +22,27 @@ class RejectedPair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSummary:
+    """How well a registered image is held."""
+
+    name: str
+    edges: int
+    """Pairs with other images that alignment placed it by; 0 where it was registered later, by its points."""
+    residual_deg: float | None
+    """Median angle by which these pairs miss its rotation; None without any."""
+    observations: int
+    mean_error_px: float
+    """Of its observations' distances from their points' projections."""
+    rotation_sigma_deg: float | None
+    """Standard deviation by the independent errors of observations alone, over all axes; None where it was not asked
+    for or is not determined."""
+    position_sigma: float | None
+    """The same of its place, over the largest distance between two cameras of the model."""
+    weak: str = ""
+    """Why its pose deserves distrust; empty where it does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSummary:
     """One reconstructed model, as written."""
 
@@ -35,6 +56,8 @@ class ModelSummary:
     mean_reprojection_error_px: float
     mapper: str = "align"
     """What made it: align (ours), or COLMAP's global or incremental."""
+    per_image: tuple[ImageSummary, ...] = ()
+    """In the order of `images`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -367,10 +367,13 @@ class AlignmentResult:
     stop_reason: str
     focal_px: Float64 = field(default_factory=lambda: np.zeros(0))
     """[n] in photo pixels, as alignment found or left it; [0] where it did not look for it."""
+    num_edges: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    """[n] how many of `edges` hold an image; [0] where nobody counted."""
 
     def __post_init__(self) -> None:
         count = len(self.images)
         _check(self.focal_px, (count if len(self.focal_px) else 0,), "AlignmentResult.focal_px")
+        _check(self.num_edges, (count if len(self.num_edges) else 0,), "AlignmentResult.num_edges")
         _check(self.images, (count,), "AlignmentResult.images")
         _check(self.edges, (None,), "AlignmentResult.edges")
         _check(self.cam_from_world, (count, 3, 4), "AlignmentResult.cam_from_world")

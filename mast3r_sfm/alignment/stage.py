@@ -99,6 +99,7 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
         residual_deg=_median_per_image(edges.pairs, np.degrees(turn_error), len(images)),
         history=history,
         stop_reason=f"positions settled after {len(history)} steps",
+        num_edges=_edges_per_image(edges.pairs, len(images)),
     )
 
 
@@ -156,6 +157,7 @@ def _with_poses(
         edges=np.flatnonzero(kept).astype(np.int32),
         cam_from_world=make_pose(rotation, cam_from_world[:, :, 3] / max(baseline, 1e-12)),
         residual_deg=_median_per_image(pairs[kept], np.degrees(missed[kept]), len(averaged.images)),
+        num_edges=_edges_per_image(pairs[kept], len(averaged.images)),
     )
 
 
@@ -221,3 +223,7 @@ def _median_angle(match: PairMatches) -> float:
 
 def _median_per_image(pairs: Int32, values: Float64, count: int) -> Float64:
     return np.array([float(np.median(values[(pairs == image).any(axis=1)])) for image in range(count)])
+
+
+def _edges_per_image(pairs: Int32, count: int) -> Int32:
+    return np.bincount(pairs.ravel(), minlength=count).astype(np.int32)

@@ -201,7 +201,9 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner, *, complete: 
     if complete:
         longer = adjusted.extended(refiner.complete(adjusted.tracks(), adjusted, adjusted.lost(model)))
     further = mapper.readjust(longer.extended(refiner.extend(longer.tracks(), longer)))
-    return further if _holds_all(further, model) else mapper.readjust(adjusted)
+    if not _holds_all(further, model):
+        further = mapper.readjust(adjusted)
+    return further if _holds_all(further, model) else model
 
 
 def _holds_all(adjusted: ColmapModel, before: ColmapModel) -> bool:

@@ -229,6 +229,7 @@ def test_two_scenes_and_a_wrong_pair_between_them_stay_right_inside() -> None:
             images=holder.images[rows],
             cam_from_world=holder.cam_from_world[rows],
             residual_deg=holder.residual_deg[rows],
+            num_edges=holder.num_edges[rows],
         )
         assert max(errors(alone, scene)) < 1e-3
 
@@ -284,3 +285,15 @@ def test_poses_and_the_focal_length_are_refined_by_all_matches() -> None:
     assert np.linalg.norm(placed[ends[:, 1]] - placed[ends[:, 0]], axis=1).mean() == pytest.approx(1.0)
     assert refined.stop_reason.startswith("epipolar errors settled after")
     np.testing.assert_array_equal(refined.edges, averaged.edges)
+
+
+def test_edges_that_hold_an_image_are_counted() -> None:
+    """Not those that contradict the whole."""
+    scene = ring(6, turn_deg=150)
+    matches = exact_matches(scene, all_pairs(6))
+    wrong = all_pairs(6).index((1, 4))
+    matches[wrong] = turned_wrong(matches[wrong], np.random.default_rng(0))
+    for pinholes in (None, Pinholes(rig=scene.rig(), pixel_scale=1.0, own_depth=False)):
+        (result,) = align(matches, 6, CONFIG, pinholes)
+        assert result.num_edges.tolist() == [5, 4, 5, 5, 4, 5]
+        assert wrong not in result.edges

@@ -39,6 +39,13 @@ def test_every_mapper_leads_to_a_model(mapper: str, photos: Path, tmp_path: Path
     assert [model["mapper"] for model in report["models"]] == [mapper]
     # Refined like ours: raw keypoints are off by half a pixel and more.
     assert 0.02 < report["models"][0]["mean_reprojection_error_px"] < 0.35
+    held = report["models"][0]["per_image"]
+    assert [image["name"] for image in held] == report["models"][0]["images"]
+    for image in held:
+        assert 1 <= image["edges"] <= 4
+        assert image["observations"] > 50
+        assert 0.001 < image["rotation_sigma_deg"] < 0.2
+        assert 1e-5 < image["position_sigma"] < 0.01
     found = run_here("compare", output, photos / "gt.json", "--json").json
     assert found["registered"] == 5
     assert 0.8 < found["auc"]["5"] <= 1

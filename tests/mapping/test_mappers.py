@@ -6,8 +6,10 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mast3r_sfm.colmap.mapper import Mapper
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.config import Config
 from mast3r_sfm.mapping import stage
@@ -17,6 +19,7 @@ from tests.mapping.test_stage import (
     SETTINGS,
     Knowing,
     assert_database_agrees,
+    build_refined,
     make_input,
     noisy_input,
     part,
@@ -88,3 +91,20 @@ def test_what_next_to_nothing_holds_together_is_taken_apart(tmp_path: Path, monk
     groups = [sorted(model.names()) for model in models]
     assert len(groups) == 2
     assert sorted(groups[0] + groups[1]) == sorted(whole.names())
+
+
+def test_a_model_that_refinement_ruins_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last adjustment leaves no image, as where a focal length runs away."""
+
+    class Ruining(Mapper):
+        def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
+            return model.restricted_to([]) if settle else super().readjust(model, settle=settle)
+
+    scene = ring(5, turn_deg=100, points=200)
+    given, refiner = noisy_input(scene, [range(5)])
+    (raw,) = build_refined(given, tmp_path, None)
+    monkeypatch.setattr(stage, "Mapper", Ruining)
+    (model,) = build_refined(given, tmp_path, refiner)
+    assert len(refiner.calls) == 1
+    for image, pose in raw.poses().items():
+        np.testing.assert_array_equal(model.poses()[image], pose)
