@@ -31,8 +31,8 @@ positions; 0.1 holds ten photos of ten unknown cameras where wrong focal lengths
 FOCAL_SIGMA = 0.5
 """The same of a focal length that was guessed."""
 MAX_STEPS = 30
-CONVERGED = 1e-5
-"""Relative decrease of the loss at which a kernel is done."""
+ROUGH, CONVERGED = 1e-2, 1e-5
+"""Relative decrease of the loss at which a kernel before the last is done, and the last one."""
 _START_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-12, 1e8
 _KNOWN_SIGMA = 1e-6
 
@@ -131,7 +131,8 @@ def refine_poses(problem: EpipolarProblem, cam_from_world: Float64, focal: Float
     start = Cameras(rotation=cam_from_world[:, :, :3], centre=camera_centre(cam_from_world), log_focal=log_focal)
     cameras, steps = start, 0
     for kernel in KERNELS_PX:
-        cameras, history = _minimise(_Loss(problem=problem, start=start, kernel=kernel), cameras)
+        enough = CONVERGED if kernel == KERNELS_PX[-1] else ROUGH
+        cameras, history = _minimise(_Loss(problem=problem, start=start, kernel=kernel), cameras, enough)
         steps += len(history) - 1
     return Refinement(
         cam_from_world=make_pose(cameras.rotation, -(cameras.rotation @ cameras.centre[:, :, None])[:, :, 0]),
@@ -297,7 +298,7 @@ class _Loss:
         return scipy.sparse.coo_array((values, (rows, across)), shape=(size, size)).tocsc(), right
 
 
-def _minimise(loss: _Loss, cameras: Cameras) -> tuple[Cameras, list[float]]:
+def _minimise(loss: _Loss, cameras: Cameras, least_decrease: float) -> tuple[Cameras, list[float]]:
     """Levenberg–Marquardt: the cameras of least loss, and the loss after each step."""
     damping, history = _START_DAMPING, [loss.value(cameras)]
     for _ in range(MAX_STEPS):
@@ -314,7 +315,7 @@ def _minimise(loss: _Loss, cameras: Cameras) -> tuple[Cameras, list[float]]:
             break
         cameras, damping = tried, max(damping / 10, _LEAST_DAMPING)
         history.append(value)
-        if history[-2] - value < CONVERGED * history[-2]:
+        if history[-2] - value < least_decrease * history[-2]:
             break
     return cameras, history
 
