@@ -15,7 +15,7 @@ from mast3r_sfm_cli.config import read_config, settings_options
 from mast3r_sfm_cli.folders import check_output, image_folder, image_options
 
 if TYPE_CHECKING:
-    from mast3r_sfm.types import PairsReport
+    from mast3r_sfm.summaries import PairsReport
 
 _SETTINGS = {
     "pairs_source": "pairs.source",

@@ -50,6 +50,7 @@ class Flags:
     quiet: bool
     resume: bool
     overwrite: bool
+    mapper: str | None
 
     @property
     def all_assignments(self) -> Sequence[str]:
@@ -62,6 +63,7 @@ class Flags:
             "match.resolution": self.resolution,
             "map.camera_model": self.camera_model,
             "match.time_budget_min": self.time_budget,
+            "map.mapper": self.mapper,
         }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
         if self.single_camera:
@@ -97,6 +99,11 @@ class Flags:
 )
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
 @click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
+@click.option(
+    "--mapper",
+    metavar="NAME",
+    help="What makes the model of the matches: align (ours), or COLMAP's global or incremental.  [default: align]",
+)
 @click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @click.option("--dtype", metavar="TYPE", help="Of a decoder: float32, float16 or bfloat16.  [default: fits the device]")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mast3r_sfm.types import ModelSummary, RunReport
+    from mast3r_sfm.summaries import ModelSummary, RunReport
 
 _LISTED = 20
 _RESULTS = {
@@ -31,6 +31,9 @@ def summarise(report: RunReport, output: Path) -> str:
         lines += [f"  {entry.name}: {entry.reason}" for entry in report.left_out[:_LISTED]]
         if len(report.left_out) > _LISTED:
             lines.append(f"  and {len(report.left_out) - _LISTED} more: see {output / 'run.json'}")
+    if weak := [image for model in report.models for image in model.per_image if image.weak]:
+        listed = _some([f"{image.name} ({image.weak})" for image in weak])
+        lines.append(f"held weakly, their poses may be wrong ({len(weak)}): {listed}")
     if report.rejected_pairs:
         worst = report.rejected_pairs[0]
         lines.append(
@@ -59,6 +62,7 @@ def _model_line(model: ModelSummary) -> str:
         f"{model.path}: {_count(len(model.images), 'image')}, {_count(model.points, 'point')}, "
         f"mean track length {model.mean_track_length:.2f}, "
         f"mean reprojection error {model.mean_reprojection_error_px:.2f} px"
+        + ("" if model.mapper == "align" else f", by COLMAP's {model.mapper} mapper")
     )
 
 

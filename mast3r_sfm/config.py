@@ -238,6 +238,8 @@ class MapConfig:
 
     refine: bool = True
     """Align the observations of each point between the photos, to a fraction of a pixel, and adjust once more."""
+    mapper: Literal["align", "global", "incremental"] = "align"
+    """What makes the models: ours, from aligned poses; or COLMAP's global or incremental one, on the same matches."""
 
     def __post_init__(self) -> None:
         _require(

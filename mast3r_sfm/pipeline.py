@@ -18,6 +18,7 @@ from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
+from mast3r_sfm.held import summarise_images
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
 from mast3r_sfm.machine import usable_cpus
@@ -39,18 +40,15 @@ from mast3r_sfm.retrieval.picture import draw_pairs
 from mast3r_sfm.retrieval.stage import ChosenPairs
 from mast3r_sfm.storage.cache import StageCache, write_atomic, write_json
 from mast3r_sfm.storage.encodings import NumberedEncodings, StoredEncodings
+from mast3r_sfm.summaries import ModelSummary, PairsReport, RejectedPair, RunReport
 from mast3r_sfm.types import (
     AlignmentResult,
     Encoding,
     ImageSet,
     LeftOut,
-    ModelSummary,
     PairMatches,
-    PairsReport,
     Reason,
-    RejectedPair,
     Rig,
-    RunReport,
     Verdict,
     ViewGraph,
 )
@@ -215,7 +213,7 @@ class _Run:
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:
-            self._export(models, photos, matches, report)
+            self._export(models, photos, matches, parts, report)
 
     def _load_model(self, num_images: int) -> PairModel:
         name = resolve_name(self.config.encode.model)
@@ -350,10 +348,10 @@ class _Run:
         )
 
     def _align(self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig) -> tuple[list[AlignmentResult], Rig]:
-        """The parts, and the cameras with the focal lengths that pointmaps have."""
+        """The parts, and the cameras with the focal lengths that alignment found."""
         own_depth = isinstance(paired.model, DenseModel) and self.matching.features != "sift"
         scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
-        pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale) if own_depth else None
+        pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale, own_depth=own_depth)
         parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes)
         return parts, align_stage.with_focal_lengths(rig, parts)
 
@@ -387,11 +385,23 @@ class _Run:
         return models
 
     def _export(
-        self, models: list[ColmapModel], photos: ImageSet, matches: Sequence[PairMatches], report: StageDraft
+        self,
+        models: list[ColmapModel],
+        photos: ImageSet,
+        matches: Sequence[PairMatches],
+        parts: Sequence[AlignmentResult],
+        report: StageDraft,
     ) -> None:
         for model in models:
             model.colour(photos.root)
-        self.models = tuple(write_models(models, self.output / "sparse"))
+        self.models = tuple(
+            dataclasses.replace(
+                summary,
+                mapper=self.config.map.mapper,
+                per_image=summarise_images(model, parts, photos.names),
+            )
+            for summary, model in zip(write_models(models, self.output / "sparse"), models, strict=True)
+        )
         models[0].write_ply(self.output / "points.ply")
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mast3r_sfm.geometry.rigid import angle_between_rotations, compose_poses, invert_pose
-from mast3r_sfm.types import AlignmentResult, Float64, ImageSet, PairMatches, RejectedPair, Verdict
+from mast3r_sfm.summaries import RejectedPair
+from mast3r_sfm.types import AlignmentResult, Float64, ImageSet, PairMatches, Verdict
 
 _OVERLAY = "what lies over both photos, such as a watermark, a frame or a part of the vehicle"
 

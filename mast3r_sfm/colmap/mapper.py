@@ -11,7 +11,7 @@ import numpy as np
 import pycolmap
 
 from mast3r_sfm.colmap.model import ColmapModel
-from mast3r_sfm.colmap.principal_point import MIN_IMAGES, off_centre_cameras
+from mast3r_sfm.colmap.principal_point import MIN_IMAGES, is_centred, off_centre_cameras
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.types import Float64
 
@@ -75,7 +75,7 @@ class Mapper:
         while grow and self._register_more(mapper, triangulation):
             self._adjust(mapper, triangulation, rough=rough)
         self._settle_principal_points(mapper, triangulation, rough=rough)
-        _one_observation_per_image(mapper.observation_manager, reconstruction)
+        one_observation_per_image(mapper.observation_manager, reconstruction)
         mapper.end_reconstruction(False)
         return self._finish(reconstruction)
 
@@ -103,7 +103,7 @@ class Mapper:
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
         # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
         # the raw ones, which err independently, showed: one about as far, in about that direction.
-        shifted = {number for number in used if not _is_centred(reconstruction.camera(number))}
+        shifted = {number for number in used if not is_centred(reconstruction.camera(number))}
         confirmed: set[int] = set()
         for _ in range(READJUSTMENTS):
             bundle.refine_principal_point = False
@@ -234,7 +234,7 @@ def _adjust(
         manager.deregister_frame(frame)
 
 
-def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
+def one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
     """Of several keypoints that one image has in a track, keep the one nearest to where the point projects."""
     for number in sorted(reconstruction.point3D_ids()):
         point = reconstruction.point3D(number)
@@ -252,11 +252,6 @@ def _one_observation_per_image(manager: pycolmap.ObservationManager, reconstruct
                 for keypoint in np.delete(keypoints, int(np.argmin(errors))).tolist():
                     if reconstruction.exists_point3D(number):
                         manager.delete_observation(image_id, keypoint)
-
-
-def _is_centred(camera: pycolmap.Camera) -> bool:
-    middle = (camera.width / 2, camera.height / 2)
-    return bool(np.allclose((camera.principal_point_x, camera.principal_point_y), middle, rtol=0, atol=1e-6))
 
 
 def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:

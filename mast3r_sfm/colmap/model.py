@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.errors import InputError
-from mast3r_sfm.types import Bool, Camera, Float64, ModelSummary, Tracks
+from mast3r_sfm.summaries import ModelSummary
+from mast3r_sfm.types import Bool, Camera, Float64, Tracks
 
 
 class ColmapModel:
@@ -32,6 +33,10 @@ class ColmapModel:
     def cam_from_world(self) -> dict[str, Float64]:
         """cam_from_world [3, 4] of every registered image, by name, sorted."""
         return {image.name: image.cam_from_world().matrix() for image in self._registered()}
+
+    def names(self) -> dict[int, str]:
+        """Name of every registered image, by its number."""
+        return {image.image_id - 1: image.name for image in self._registered()}
 
     def poses(self) -> dict[int, Float64]:
         """cam_from_world [3, 4] of every registered image, by its number."""
@@ -178,6 +183,14 @@ class ColmapModel:
             # A point that keeps a single observation goes, and its observations with it.
             if changed.exists_point3D(numbers[tracks.point[row]]):
                 changed.delete_observation(int(tracks.image[row]) + 1, int(tracks.keypoint[row]))
+        return ColmapModel(changed)
+
+    def restricted_to(self, images: Iterable[int]) -> ColmapModel:
+        """A copy with only these of its images, by number, and the points that two of them still see."""
+        changed = pycolmap.Reconstruction(self._reconstruction)
+        kept = {image + 1 for image in images}
+        for number in sorted(set(changed.reg_image_ids()) - kept):
+            changed.deregister_frame(changed.image(number).frame_id)
         return ColmapModel(changed)
 
     def _registered(self) -> list[pycolmap.Image]:

@@ -50,7 +50,7 @@ def off_centre_cameras(
     covariance = pycolmap.estimate_ba_covariance(wanted, trial, adjuster)
     if covariance is None:
         return {}
-    variance = _residual_variance(trial)
+    variance = residual_variance(trial)
     taken = Counter(trial.image(image).camera_id for image in trial.reg_image_ids())
     found = {}
     for number in sorted(camera for camera, images in taken.items() if images >= MIN_IMAGES):
@@ -59,6 +59,12 @@ def off_centre_cameras(
         if spread is not None and _is_significant(camera, variance * np.asarray(spread)):
             found[number] = np.array(camera.params)
     return found
+
+
+def is_centred(camera: pycolmap.Camera) -> bool:
+    """Whether a camera's principal point is in the middle of its photos."""
+    middle = (camera.width / 2, camera.height / 2)
+    return bool(np.allclose((camera.principal_point_x, camera.principal_point_y), middle, rtol=0, atol=1e-6))
 
 
 def _is_significant(camera: pycolmap.Camera, covariance: Float64) -> bool:
@@ -72,7 +78,7 @@ def _is_significant(camera: pycolmap.Camera, covariance: Float64) -> bool:
     return bool(shift @ np.linalg.solve(block, shift) > MIN_SIGNIFICANCE)
 
 
-def _residual_variance(reconstruction: pycolmap.Reconstruction) -> float:
+def residual_variance(reconstruction: pycolmap.Reconstruction) -> float:
     """Variance of one pixel coordinate: the covariance of the solver assumes 1."""
     reconstruction.update_point_3d_errors()
     errors = np.array([point.error for point in reconstruction.points3D.values()])

@@ -11,6 +11,7 @@ import numpy as np
 from mast3r_sfm.colmap.database import DatabaseContent, update_keypoints, write_database
 from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
+from mast3r_sfm.colmap.other_mappers import colmap_models
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
@@ -101,7 +102,38 @@ def build_models(
     """
     models: list[ColmapModel] = []
     taken: set[str] = set()
-    mapper = Mapper(database, settings)
+    mapper, is_ours = Mapper(database, settings), settings.config.mapper == "align"
+    is_rough = is_ours and refiner is not None
+    for model in (
+        _own_models(mapper, given, taken, progress, rough=is_rough)
+        if is_ours
+        else _models_by_colmap(database, settings, taken, progress)
+    ):
+        share = model.observed_share
+        if model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
+            continue
+        final = model
+        if refiner is not None and _is_large_enough(model):
+            final = _refined(model, mapper, refiner, complete=not given.detected)
+            update_keypoints(database, final.keypoints())
+        if final is model and is_rough:
+            # It stays as it was built, so that it has to be built in full.
+            final = mapper.build(model.poses(), grow=False)
+        taken.update(final.cam_from_world)
+        models.append(final)
+        if share < DOUBTFUL_SHARE:
+            others = len(final.cam_from_world) - 1
+            progress.warn(
+                f"the model of {min(final.cam_from_world)} and {others} more photos explains only {share:.0%} "
+                "of their matches; its poses may be wrong"
+            )
+    return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+
+
+def _own_models(
+    mapper: Mapper, given: MapInput, taken: Set[str], progress: Progress, *, rough: bool
+) -> Iterator[ColmapModel]:
+    """The models that aligned parts lead to; `taken` grows with those that are kept."""
     with steps(progress, "map", len(given.parts), "model"):
         for part in given.parts:
             poses = {
@@ -110,23 +142,21 @@ def build_models(
                 if given.names[image] not in taken
             }
             progress.advance()
-            for model in _coherent_models(mapper, poses, taken, rough=refiner is not None):
-                share = model.observed_share
-                if model.num_points < MIN_POINTS or share < MIN_OBSERVED_SHARE:
-                    continue
-                final = model
-                if refiner is not None and _is_large_enough(model):
-                    final = _refined(model, mapper, refiner, complete=not given.detected)
-                    update_keypoints(database, final.keypoints())
-                taken.update(final.cam_from_world)
-                models.append(final)
-                if share < DOUBTFUL_SHARE:
-                    others = len(final.cam_from_world) - 1
-                    progress.warn(
-                        f"the model of {min(final.cam_from_world)} and {others} more photos explains only {share:.0%} "
-                        "of their matches; its poses may be wrong"
-                    )
-    return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+            yield from _coherent_models(mapper, poses, taken, rough=rough)
+
+
+def _models_by_colmap(
+    database: Path, settings: MapperSettings, taken: Set[str], progress: Progress
+) -> Iterator[ColmapModel]:
+    """COLMAP's models, their groups each by itself, without images of those that were `taken` before."""
+    with steps(progress, "map", 1, "model"):
+        found = colmap_models(database, settings)
+        progress.advance()
+    for model in found:
+        free = [image for image, name in model.names().items() if name not in taken]
+        for group in model.restricted_to(free).groups(MIN_SHARED):
+            if len(group) > 1:
+                yield model.restricted_to(group)
 
 
 def _coherent_models(
@@ -180,7 +210,9 @@ def _refined(model: ColmapModel, mapper: Mapper, refiner: Refiner, *, complete: 
     if complete:
         longer = adjusted.extended(refiner.complete(adjusted.tracks(), adjusted, adjusted.lost(model)))
     further = mapper.readjust(longer.extended(refiner.extend(longer.tracks(), longer)))
-    return further if _holds_all(further, model) else mapper.readjust(adjusted)
+    if not _holds_all(further, model):
+        further = mapper.readjust(adjusted)
+    return further if _holds_all(further, model) else model
 
 
 def _holds_all(adjusted: ColmapModel, before: ColmapModel) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.alignment import stage
-from mast3r_sfm.alignment.stage import align
+from mast3r_sfm.alignment.stage import Pinholes, align, with_focal_lengths
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.geometry.rigid import make_pose, rotation_from_axis_angle, transform_points
@@ -229,6 +229,7 @@ def test_two_scenes_and_a_wrong_pair_between_them_stay_right_inside() -> None:
             images=holder.images[rows],
             cam_from_world=holder.cam_from_world[rows],
             residual_deg=holder.residual_deg[rows],
+            num_edges=holder.num_edges[rows],
         )
         assert max(errors(alone, scene)) < 1e-3
 
@@ -261,3 +262,38 @@ def test_a_turning_camera_alone_gives_nothing() -> None:
 )
 def test_the_worst_go_first(excess: list[float], kept: list[bool]) -> None:
     np.testing.assert_array_equal(stage._best_first(np.array(excess)), kept)
+
+
+def test_poses_and_the_focal_length_are_refined_by_all_matches() -> None:
+    """Where the points are triangulated from matches, pairs inherit a wrong focal length; the matches do not."""
+    scene = ring(7, turn_deg=150)
+    rng = np.random.default_rng(2)
+    matches = [noisy(match, rng, 1.0, 0.05) for match in exact_matches(scene, all_pairs(7))]
+    pinholes = Pinholes(rig=scene.rig(photo_scale=2.0, focal_factor=0.85), pixel_scale=2.0, own_depth=False)
+    larger = [replace(match, xy_first=2 * match.xy_first, xy_second=2 * match.xy_second) for match in matches]
+    (averaged,) = align(larger, 7, CONFIG)
+    (refined,) = align(larger, 7, CONFIG, pinholes)
+    assert averaged.focal_px.shape == (0,)
+    np.testing.assert_allclose(refined.focal_px, 1200.0, rtol=1e-3)
+    assert with_focal_lengths(pinholes.rig, [refined]).cameras[0].params[0] == pytest.approx(1200.0, rel=1e-3)
+    assert errors(averaged, scene)[0] > 0.3
+    assert max(errors(refined, scene)[:2]) < 0.03
+    assert centre_error(refined, scene) < 1e-3
+    # The pairs' own rotations are off by a degree, and the result says so.
+    assert 0.3 < refined.residual_deg.min() <= refined.residual_deg.max() < 3
+    placed, ends = centres(refined.cam_from_world), np.array(all_pairs(7))
+    assert np.linalg.norm(placed[ends[:, 1]] - placed[ends[:, 0]], axis=1).mean() == pytest.approx(1.0)
+    assert refined.stop_reason.startswith("epipolar errors settled after")
+    np.testing.assert_array_equal(refined.edges, averaged.edges)
+
+
+def test_edges_that_hold_an_image_are_counted() -> None:
+    """Not those that contradict the whole."""
+    scene = ring(6, turn_deg=150)
+    matches = exact_matches(scene, all_pairs(6))
+    wrong = all_pairs(6).index((1, 4))
+    matches[wrong] = turned_wrong(matches[wrong], np.random.default_rng(0))
+    for pinholes in (None, Pinholes(rig=scene.rig(), pixel_scale=1.0, own_depth=False)):
+        (result,) = align(matches, 6, CONFIG, pinholes)
+        assert result.num_edges.tolist() == [5, 4, 5, 5, 4, 5]
+        assert wrong not in result.edges

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mast3r_sfm.config import Config, RunOptions
-from mast3r_sfm.types import LeftOut, ModelSummary, RunReport, StageReport
+from mast3r_sfm.summaries import ImageSummary, ModelSummary, RunReport, StageReport
+from mast3r_sfm.types import LeftOut
 from mast3r_sfm_cli.main import run
 
 MODEL = ModelSummary(
@@ -232,3 +233,31 @@ class TestEnd:
         assert "bad20.jpg" not in out + err
         assert "and 30 more" in out
         assert "and 30 more" in err
+
+
+def test_images_that_are_held_weakly_are_named(
+    pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def image(name: str, weak: str) -> ImageSummary:
+        return ImageSummary(
+            name=name,
+            edges=1,
+            residual_deg=0.5,
+            observations=31,
+            mean_error_px=0.7,
+            rotation_sigma_deg=None,
+            position_sigma=None,
+            weak=weak,
+        )
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    arguments = ["reconstruct", str(tmp_path / "photos"), "-o", str(tmp_path / "out")]
+    held = (image("a.jpg", ""), image("b.jpg", "one pair, 31 points"))
+    pipeline.report = dataclasses.replace(REPORT, models=(dataclasses.replace(MODEL, per_image=held),))
+    assert run(arguments) == 0
+    assert "held weakly, their poses may be wrong (1): b.jpg (one pair, 31 points)\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["models"][0]["per_image"][1]["weak"]
+    pipeline.report = REPORT
+    assert run([*arguments, "--overwrite"]) == 0
+    assert "held weakly" not in capsys.readouterr().out

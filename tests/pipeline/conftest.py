@@ -14,7 +14,7 @@ import pytest
 from mast3r_sfm.colmap.model import ColmapModel, read_model
 from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.pipeline import reconstruct
-from mast3r_sfm.types import RunReport
+from mast3r_sfm.summaries import RunReport
 from tests.exact import Listener
 
 PHOTOS = 6

@@ -15,9 +15,9 @@ from mast3r_sfm.colmap.model import ColmapModel, read_model
 from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.evaluation.pairs import PairErrors, measure_pairs
 from mast3r_sfm.evaluation.trajectory import measure_trajectory
+from mast3r_sfm.summaries import RunReport
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View, make_views
-from mast3r_sfm.types import RunReport
 from tests.scenes import photo_folder
 
 NAMES = [f"{number:04d}.jpg" for number in range(5)]

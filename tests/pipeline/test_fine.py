@@ -21,10 +21,11 @@ from mast3r_sfm.errors import ConfigError
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.evaluation.trajectory import measure_trajectory
 from mast3r_sfm.matching import rounds
+from mast3r_sfm.summaries import RunReport
 from mast3r_sfm.synthetic.oracle import OracleModel, OracleNoise
 from mast3r_sfm.synthetic.render import View, make_views
 from mast3r_sfm.synthetic.scenes import make_scene
-from mast3r_sfm.types import Encoding, PairPrediction, RunReport
+from mast3r_sfm.types import Encoding, PairPrediction
 from tests.exact import Listener
 from tests.scenes import photo_folder
 

@@ -23,7 +23,8 @@ from mast3r_sfm.models.mast3r.model import Mast3rModel
 from mast3r_sfm.report import read_report
 from mast3r_sfm.storage import encodings as storage
 from mast3r_sfm.storage.encodings import pack
-from mast3r_sfm.types import Encoding, PixelTransform, RunReport
+from mast3r_sfm.summaries import RunReport
+from mast3r_sfm.types import Encoding, PixelTransform
 from tests.checkpoints import DUST3R, random_tensors, write_hub_folder
 from tests.exact import Listener
 

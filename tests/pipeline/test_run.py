@@ -22,7 +22,8 @@ from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.evaluation.truth import read_truth_json
 from mast3r_sfm.geometry.rigid import compose_poses, make_pose
 from mast3r_sfm.report import read_report
-from mast3r_sfm.types import Float64, ModelSummary, RunReport, StageReport
+from mast3r_sfm.summaries import ModelSummary, RunReport, StageReport
+from mast3r_sfm.types import Float64
 from tests.pipeline.conftest import PHOTOS, SMALL, Reconstruct, Run
 
 STAGES = ("prepare", "encode", "pairs", "match", "align", "map", "export")

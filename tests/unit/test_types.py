@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mast3r_sfm.errors import ShapeError
+from mast3r_sfm.summaries import ModelSummary, RunReport
 from mast3r_sfm.types import (
     AlignmentResult,
     Encoding,
     ImageRecord,
     ImageSet,
     LoadedImage,
-    ModelSummary,
     PairMatches,
     PairPrediction,
     PixelTransform,
     Reason,
     Rig,
-    RunReport,
     Tracks,
     Verdict,
     ViewGraph,
