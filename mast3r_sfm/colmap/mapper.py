@@ -18,8 +18,7 @@ from mast3r_sfm.types import Float64
 MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
 """Rounds of global bundle adjustment, each to a relative change of its cost."""
 ROUGH_REFINEMENTS, ROUGH_TOLERANCE = 2, 1e-4
-"""The same where observations are still to be refined: what the last rounds gain is a tenth of a pixel, and all the more
-is gained then."""
+"""The same where observations are still to be refined, which gains more than the last rounds would."""
 READJUSTMENTS = 2
 REFINED_TRUST = 0.5
 """By which thresholds and the loss shrink once observations are refined."""
