@@ -334,6 +334,10 @@ class Camera:
     """[K] COLMAP's order, for example f, cx, cy, k of SIMPLE_RADIAL."""
     focal_is_known: bool = False
     """The focal length comes from EXIF or the user, rather than from a guess."""
+    is_given: bool = False
+    """The user gave all of it: it keeps its model and starts from these parameters."""
+    is_fixed: bool = False
+    """The user gave it, and nothing changes it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import poselib
 
+from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import rays, rotation_between, sampson_error, triangulate
 from mast3r_sfm.geometry.similarity import align_similarity_robust, spanned_dimensions
 from mast3r_sfm.matching.check import EpipolarEdge, min_significant_inliers
+from mast3r_sfm.matching.straight import bend
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, PairMatches, Verdict
 
 TURN_SHARE = 0.85
@@ -31,6 +33,12 @@ class View:
     """[2] principal point in network pixels."""
     scale: float
     """Photo pixels per network pixel."""
+    lens: Lens | None = None
+    """Of a camera that is known; the network pixels of its edges are straight ones."""
+
+    def photo_xy(self, xy: Float64) -> Float64:
+        """Network pixels [M, 2] of an edge to photo pixels [M, 2]."""
+        return self.scale * (xy if self.lens is None else bend(self.lens, xy, self.scale))
 
     def rays(self, xy: Float64) -> Float64:
         """Unit viewing directions of network pixels."""
@@ -93,8 +101,8 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
     return PairMatches(
         first=edge.first,
         second=edge.second,
-        xy_first=first.scale * edge.xy_first[keep],
-        xy_second=second.scale * edge.xy_second[keep],
+        xy_first=first.photo_xy(edge.xy_first[keep]),
+        xy_second=second.photo_xy(edge.xy_second[keep]),
         confidence=edge.confidence[keep],
         points_first=points[keep],
         points_second=points_second[keep],
@@ -146,8 +154,8 @@ def _without_depth(edge: EpipolarEdge, verdict: Verdict, keep: Int64, first: Vie
     return PairMatches(
         first=edge.first,
         second=edge.second,
-        xy_first=first.scale * edge.xy_first[keep],
-        xy_second=second.scale * edge.xy_second[keep],
+        xy_first=first.photo_xy(edge.xy_first[keep]),
+        xy_second=second.photo_xy(edge.xy_second[keep]),
         confidence=confidence,
         points_first=none,
         points_second=none,
