@@ -101,8 +101,8 @@ def _check(file: KnownFile, images: Path) -> None:
     missing = sorted(file.poses.keys() - match_names(file.poses, present).keys())
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(file.poses)} images of {file.path} have no photo in {images}: {_some(missing)}; all "
-            "are needed, to be matched"
+            f"{len(missing)} of {len(file.poses)} images of {file.path} have no photo in {images}: {_some(missing)}; "
+            "all are needed, to be matched"
         )
 
 

@@ -169,10 +169,10 @@ def _with_cameras(known: Known, config: KnownConfig, file: KnownFile, progress: 
         group_of[record.name], cameras[group] = group, camera
     if scaled:
         one = given[scaled[0]]
-        size = next((r.width_px, r.height_px) for r in known.photos.records if r.name == scaled[0])
+        photo = next(record for record in known.photos.records if record.name == scaled[0])
         progress.note(
             f"{file.path}: cameras of {one.width_px}×{one.height_px} pixels were scaled to {len(scaled)} photos of "
-            f"{size[0]}×{size[1]}"
+            f"{photo.width_px}×{photo.height_px}"
         )
     if config.intrinsics_of_groups:
         group_of |= _of_groups(known.photos.records, group_of)
