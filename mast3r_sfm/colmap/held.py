@@ -35,7 +35,7 @@ class Held:
     def loosen(self, options: pycolmap.IncrementalMapperOptions, cameras: pycolmap.CameraMap) -> None:
         """Have fixed cameras held, and given ones not taken for nonsense, whatever their parameters."""
         options.constant_cameras = set(self.fixed_cameras)
-        for number in self.given_cameras & cameras.keys():
+        for number in sorted(self.given_cameras & set(cameras.keys())):
             camera = cameras[number]
             ratio = camera.mean_focal_length() / max(camera.width, camera.height)
             options.min_focal_length_ratio = min(options.min_focal_length_ratio, 0.5 * ratio)

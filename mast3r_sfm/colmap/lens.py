@@ -11,6 +11,9 @@ import pycolmap
 from mast3r_sfm.types import Camera, Float64, PairMatches, Rig
 
 
+_EXACT_PX = 0.01
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lens:
     """A known camera, beside the pinhole camera of the same mean focal length and principal point.
@@ -33,8 +36,13 @@ class Lens:
 
     def straighten(self, xy: Float64) -> Float64:
         """Photo pixels [M, 2] to straight ones [M, 2]; NaN where they look aside by a right angle or more."""
-        seen = np.asarray(self._colmap().cam_from_img(np.asarray(xy, np.float64)), np.float64).reshape(-1, 2)
+        xy = np.asarray(xy, np.float64)
+        seen = np.asarray(self._colmap().cam_from_img(xy), np.float64).reshape(-1, 2)
         straight: Float64 = self.focal_px * seen + self.centre_px
+        # Beyond what its model can invert, COLMAP gives some direction or other.
+        with np.errstate(invalid="ignore"):
+            wrong = ~(np.abs(self.bend(straight) - xy).max(axis=1, initial=0.0) < _EXACT_PX)
+        straight[wrong] = np.nan
         return straight
 
     def bend(self, xy: Float64) -> Float64:

@@ -13,8 +13,7 @@ from mast3r_sfm.geometry.rigid import camera_centre, compose_poses, invert_pose,
 from mast3r_sfm.geometry.similarity import Similarity
 from mast3r_sfm.types import Bool, Float64, Int32
 
-_STEPS = 50
-_MOST_PAIRS = 200_000
+_STEPS = 100
 _FLOOR = 1e-9
 
 
@@ -80,8 +79,8 @@ def similarity_between_poses(source: Float64, target: Float64) -> Similarity:
     turns = Rotation.from_matrix(target[:, :, :3].transpose(0, 2, 1) @ source[:, :, :3])
     rotation = _median_rotation(turns)
     turned, there = camera_centre(source) @ rotation.T, camera_centre(target)
-    scale = _median_scale(turned, there)
-    return Similarity(scale=scale, rotation=rotation, translation=_median_point(there - scale * turned))
+    scale, translation = _least_distances(turned, there)
+    return Similarity(scale=scale, rotation=rotation, translation=translation)
 
 
 def moved_poses(poses: Float64, similarity: Similarity) -> Float64:
@@ -107,27 +106,22 @@ def _median_rotation(turns: Rotation) -> Float64:
     return matrix
 
 
-def _median_scale(source: Float64, target: Float64) -> float:
-    """Median ratio of distances between the points [n, 3]; 1 where they coincide."""
-    first, second = np.triu_indices(len(source), 1)
-    step = max(1, len(first) // _MOST_PAIRS)
-    first, second = first[::step], second[::step]
-    here, there = (np.linalg.norm(points[first] - points[second], axis=1) for points in (source, target))
-    # Short distances say little: of each pair, as much is believed as it is long.
-    usable = (here > 1e-12 * max(float(here.max(initial=0)), 1e-300)) & (there > 0)
-    if not usable.any():
-        return 1.0
-    ratio, weight = np.log(there[usable] / here[usable]), np.sqrt(here[usable] * there[usable])
-    order = np.argsort(ratio, kind="stable")
-    total = np.cumsum(weight[order])
-    return float(np.exp(ratio[order][np.searchsorted(total, total[-1] / 2)]))
+def _least_distances(source: Float64, target: Float64) -> tuple[float, Float64]:
+    """Scale and translation [3] of least Σ ‖target − scale · source − translation‖ over points [n, 3].
 
-
-def _median_point(points: Float64) -> Float64:
-    """[3] the geometric median of points [n, 3] (Weiszfeld)."""
-    middle = np.median(points, axis=0)
-    size = float(np.abs(points - middle).max()) + _FLOOR
+    The sum is convex, so that re-weighting finds its minimum from anywhere. The scale of points that coincide is 1.
+    """
+    size = float(np.abs(target - np.median(target, axis=0)).max()) + _FLOOR
+    weight, scale = np.ones(len(source)), 1.0
     for _ in range(_STEPS):
-        weight = 1 / np.maximum(np.linalg.norm(points - middle, axis=1), 1e-12 * size)
-        middle = (weight[:, None] * points).sum(axis=0) / weight.sum()
-    return np.asarray(middle, np.float64)
+        share = weight / weight.sum()
+        means = share @ source, share @ target
+        apart = [points - mean for points, mean in zip((source, target), means, strict=True)]
+        spread = float(share @ (apart[0] ** 2).sum(axis=1))
+        product = float(share @ (apart[0] * apart[1]).sum(axis=1))
+        # Where points coincide or are mirrored, nothing says how large the world is.
+        scale = product / spread if product > 1e-24 * (1 + spread) and spread > 0 else 1.0
+        translation = means[1] - scale * means[0]
+        miss = np.linalg.norm(target - scale * source - translation, axis=1)
+        weight = 1 / np.maximum(miss, 1e-9 * size)
+    return scale, np.asarray(translation, np.float64)
