@@ -10,7 +10,6 @@ import pycolmap
 
 from mast3r_sfm.types import Camera, Float64, PairMatches, Rig
 
-
 _EXACT_PX = 0.01
 
 

@@ -116,9 +116,7 @@ def test_a_prior_camera_is_refined_and_keeps_its_model_and_principal_point(build
 
 @pytest.mark.parametrize("readjust", [False, True])
 @pytest.mark.parametrize("fixed", [[0, 1], [1, 3, 4], list(range(NUMBER))])
-def test_fixed_poses_come_out_to_the_bit(
-    build: Callable[..., ColmapModel], fixed: list[int], readjust: bool
-) -> None:
+def test_fixed_poses_come_out_to_the_bit(build: Callable[..., ColmapModel], fixed: list[int], readjust: bool) -> None:
     scene = arc()
     found = build(fixed, readjust=readjust)
     poses = model_poses(found)
@@ -175,9 +173,7 @@ def test_a_model_beside_the_fixed_poses_has_a_frame_of_its_own(
     scene = arc()
     content = make_content(scene, noisy_matches(scene, 0.3))
     write_database(tmp_path / "database.db", content)
-    mapper = Mapper(
-        tmp_path / "database.db", SETTINGS, Held.of(content.rig, {0: pose_params(scene.poses[0])})
-    )
+    mapper = Mapper(tmp_path / "database.db", SETTINGS, Held.of(content.rig, {0: pose_params(scene.poses[0])}))
     beside = mapper.build({image: scene.poses[image] for image in (1, 2, 3)})
     # Image 0 sees its points, but is not its own.
     assert sorted(beside.poses()) == [1, 2, 3, 4, 5]
