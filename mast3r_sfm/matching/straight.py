@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mast3r_sfm.colmap.lens import Lens
-from mast3r_sfm.matching.check import EpipolarEdge, Putative
+from mast3r_sfm.matching.check import EpipolarEdge, Pinhole, Putative
 from mast3r_sfm.types import Bool, Encoding, Float64
 
 
@@ -48,9 +48,18 @@ class PairLenses:
                 (self.first, self.second), self.scale, (putative.xy_first, putative.xy_second), strict=True
             )
         )
-        straight = replace(putative, xy_first=first, xy_second=second)
+        straight = replace(putative, xy_first=first, xy_second=second, cameras=self._pinholes())
         usable: Bool = np.isfinite(np.concatenate([first, second], axis=1)).all(axis=1)
         return straight if usable.all() else straight.subset(usable)
+
+    def _pinholes(self) -> tuple[Pinhole, Pinhole] | None:
+        if self.first is None or self.second is None:
+            return None
+        one, two = self.scale
+        return (
+            Pinhole(focal_px=self.first.focal_px / one, centre_px=self.first.centre_px / one),
+            Pinhole(focal_px=self.second.focal_px / two, centre_px=self.second.centre_px / two),
+        )
 
     def bend(self, edge: EpipolarEdge) -> EpipolarEdge:
         """An edge with its matches in the photos' network pixels; its geometry stays that of straight ones."""

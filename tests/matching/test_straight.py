@@ -11,15 +11,16 @@ import pytest
 
 from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.geometry.epipolar import sampson_error
 from mast3r_sfm.geometry.rigid import angle_between_rotations
-from mast3r_sfm.matching.check import EpipolarEdge
+from mast3r_sfm.matching.check import EpipolarEdge, Pinhole, Putative, check_pair
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.matching.straight import PairLenses
 from mast3r_sfm.progress import SilentProgress
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Camera, Encoding, ImageRecord, PairMatches, Rig
-from tests.exact import HEIGHT_PX, WIDTH_PX, Describer, all_pairs, keypoint_source, no_sift, ring
+from tests.exact import HEIGHT_PX, WIDTH_PX, Describer, all_pairs, keypoint_source, no_sift, random_pixels, ring
 
 PHOTO_SCALE = 2.0
 NUMBER = 4
@@ -136,3 +137,34 @@ def test_given_cameras_are_the_rig(given: bool) -> None:
     (camera,) = rig.cameras
     assert camera.is_given is given
     assert camera.model == ("OPENCV" if given else "SIMPLE_PINHOLE")
+
+
+def test_known_cameras_leave_chance_less_room() -> None:
+    """Of matches that mean nothing, fewer agree with an essential matrix than with a fundamental one."""
+    camera = Pinhole(focal_px=600.0, centre_px=np.array([320.0, 240.0]))
+    by_chance: dict[bool, list[int]] = {True: [], False: []}
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        nonsense = Putative(
+            xy_first=random_pixels(rng, 60),
+            xy_second=random_pixels(rng, 60),
+            confidence=rng.uniform(0.8, 1.0, 60).astype(np.float32),
+            is_distinct=np.ones(60, np.bool_),
+        )
+        for known in by_chance:
+            putative = replace(nonsense, cameras=(camera, camera)) if known else nonsense
+            by_chance[known].append(check_pair((0, 1), putative, MatchConfig(), seed).num_inliers)
+    assert 5 <= np.mean(by_chance[True]) < np.mean(by_chance[False]) - 1
+
+
+def test_known_cameras_find_the_true_geometry() -> None:
+    putative, is_true = SCENE.putative(0, 1, outliers=0.5, noise_px=0.3)
+    camera = Pinhole(focal_px=600.0, centre_px=np.array([320.0, 240.0]))
+    edge = check_pair((0, 1), replace(putative, cameras=(camera, camera)), MatchConfig(), 0)
+    assert edge.verdict.is_link
+    error = sampson_error(edge.fundamental, putative.xy_first[is_true], putative.xy_second[is_true])
+    assert np.quantile(error, 0.99) < 1.5
+    essential = camera.matrix.T @ edge.fundamental @ camera.matrix
+    values = np.linalg.svd(essential, compute_uv=False)
+    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    assert values[2] < 1e-6 * values[0]
