@@ -97,8 +97,10 @@ def _check(file: KnownFile, images: Path) -> None:
         raise InputError(f"{file.path} has poses but no cameras of {_some(without)}; a gt.json needs K, too")
     if not images.is_dir():
         return  # `reconstruct` says so
-    present = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
-    missing = sorted(file.poses.keys() - match_names(file.poses, present).keys())
+    missing = sorted(name for name in file.poses if not (images / name).is_file())
+    if missing:  # by these names; others may mean them
+        present = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
+        missing = sorted(file.poses.keys() - match_names(file.poses, present).keys())
     if missing:
         raise InputError(
             f"{len(missing)} of {len(file.poses)} images of {file.path} have no photo in {images}: {_some(missing)}; "

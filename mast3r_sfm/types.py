@@ -370,7 +370,8 @@ class AlignmentResult:
     """Value of the global loss after each iteration."""
     stop_reason: str
     focal_px: Float64 = field(default_factory=lambda: np.zeros(0))
-    """[n] in photo pixels, as the model's own depths have it; [0] where these were not aligned."""
+    """[n] in photo pixels, as the model's own depths have it, 0 of images of known pose that hold no pair; [0] where
+    these were not aligned."""
 
     def __post_init__(self) -> None:
         count = len(self.images)

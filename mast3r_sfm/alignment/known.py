@@ -126,7 +126,7 @@ def _one_part(joined: Sequence[AlignmentResult], placed: dict[int, Float64], edg
         residual_deg=np.array([residual.get(image, 0.0) for image in images.tolist()]),
         history=joined[0].history if joined else (),
         stop_reason=joined[0].stop_reason if joined else "all poses are known",
-        focal_px=np.array([focal[image] for image in images.tolist()]) if len(focal) == len(images) else np.zeros(0),
+        focal_px=np.array([focal.get(image, 0.0) for image in images.tolist()]) if focal else np.zeros(0),
     )
 
 

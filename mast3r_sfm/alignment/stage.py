@@ -171,7 +171,7 @@ def with_focal_lengths(rig: Rig, parts: Sequence[AlignmentResult]) -> Rig:
     for part in reversed(parts):
         for image, focal in zip(part.images, part.focal_px, strict=False):
             number = int(rig.camera_of_image[image])
-            if not cameras[number].focal_is_known:
+            if focal > 0 and not cameras[number].focal_is_known:
                 params = cameras[number].params.copy()
                 params[0] = focal
                 cameras[number] = replace(cameras[number], params=params)

@@ -177,3 +177,26 @@ def test_a_model_beside_the_fixed_poses_has_a_frame_of_its_own(
     beside = mapper.build({image: scene.poses[image] for image in (1, 2, 3)})
     # Image 0 sees its points, but is not its own.
     assert sorted(beside.poses()) == [1, 2, 3, 4, 5]
+
+
+def test_fixed_cameras_that_no_image_of_the_model_has(make_content: Callable[..., Any], tmp_path: Path) -> None:
+    scene = arc()
+    content = make_content(scene, noisy_matches(scene, 0.3))
+    cameras = tuple(given_camera("PINHOLE", focal=600.0 + image) for image in range(NUMBER))
+    rig = Rig(cameras=cameras, camera_of_image=np.arange(NUMBER, dtype=np.int32))
+    write_database(tmp_path / "database.db", replace(content, rig=rig))
+    mapper = Mapper(tmp_path / "database.db", SETTINGS, Held.of(rig))
+    start = nudged(scene)
+    model = mapper.readjust(mapper.build({image: start[image] for image in (0, 1, 2)}, grow=False))
+    assert [camera.params[0] for camera in model.cameras.values()] == [600, 601, 602]
+    grown = mapper.build({image: start[image] for image in (0, 1, 2)})
+    assert [camera.params[0] for camera in grown.cameras.values()] == [600.0 + image for image in range(NUMBER)]
+
+
+def test_extreme_cameras_are_not_taken_for_nonsense(build: Callable[..., ColmapModel]) -> None:
+    """COLMAP drops images with a parameter of distortion above 1."""
+    # (1 + 2 r²) / (1 + 2 r²): large parameters, and no distortion.
+    params = np.array([600.0, 600.0, 320.0, 240.0, 2.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
+    found = build(camera=replace(given_camera(), model="FULL_OPENCV", params=params))
+    assert len(found.cameras) == NUMBER
+    np.testing.assert_array_equal(next(iter(found.cameras.values())).params, params)
