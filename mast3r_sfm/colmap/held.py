@@ -32,9 +32,12 @@ class Held:
             poses={image + 1: np.asarray(pose, np.float64) for image, pose in (poses or {}).items()},
         )
 
-    def loosen(self, options: pycolmap.IncrementalMapperOptions, cameras: pycolmap.CameraMap) -> None:
-        """Have fixed cameras held, and given ones not taken for nonsense, whatever their parameters."""
-        options.constant_cameras = set(self.fixed_cameras)
+    def loosen(
+        self,
+        options: pycolmap.IncrementalMapperOptions | pycolmap.IncrementalTriangulatorOptions,
+        cameras: pycolmap.CameraMap,
+    ) -> None:
+        """Have given cameras not taken for nonsense, whatever their parameters."""
         for number in sorted(self.given_cameras & set(cameras.keys())):
             camera = cameras[number]
             ratio = camera.mean_focal_length() / max(camera.width, camera.height)

@@ -219,6 +219,7 @@ class Mapper:
 
     def _mapper_options(self) -> pycolmap.IncrementalMapperOptions:
         options = _mapper_options(self._settings)
+        options.constant_cameras = set(self._held.fixed_cameras)
         self._held.loosen(options, self._cache.cameras)
         return options
 
@@ -230,6 +231,7 @@ class Mapper:
         # Two or three images have hardly any longer tracks.
         options.ignore_two_view_tracks = num_images > 3
         options.random_seed = self._settings.seed
+        self._held.loosen(options, self._cache.cameras)
         return options
 
     def _bundle_options(self) -> pycolmap.BundleAdjustmentOptions:
