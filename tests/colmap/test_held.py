@@ -131,6 +131,17 @@ def test_fixed_poses_come_out_to_the_bit(build: Callable[..., ColmapModel], fixe
     assert found.num_points > 200
 
 
+def test_one_fixed_pose_leaves_the_scale_as_it_was_begun(build: Callable[..., ColmapModel]) -> None:
+    scene = arc()
+    found = build([2])
+    np.testing.assert_array_equal(model_poses(found)[name(2)], pose_params(scene.poses[2]))
+    centres = camera_centre(np.array([found.cam_from_world[name(image)] for image in range(NUMBER)]))
+    here, there = (np.linalg.norm(np.ptp(places, axis=0)) for places in (centres, camera_centre(scene.poses)))
+    assert 0.9 < here / there < 1.1
+    assert len(found.cam_from_world) == NUMBER
+    assert found.summary("").mean_reprojection_error_px < 1.0
+
+
 def test_without_fixed_poses_the_frame_is_another(build: Callable[..., ColmapModel]) -> None:
     poses = model_poses(build())
     scene = arc()

@@ -67,17 +67,8 @@ def worst(model: ColmapModel, views: dict[str, View]) -> tuple[float, float]:
     return float(turn), float(np.linalg.norm(camera_centre(poses) - camera_centre(true), axis=1).max())
 
 
-def test_known_cameras(run: Run, place: Path, views: dict[str, View]) -> None:
-    model, report = run(f"known.intrinsics={place / 'gt.json'}")
-    view = views[NAMES[0]]
-    for camera in model.cameras.values():
-        assert camera.model == "PINHOLE"
-        np.testing.assert_allclose(camera.params, view.K[[0, 1, 0, 1], [0, 1, 2, 2]], rtol=0, atol=1e-9)
-    assert report.num_registered == 5
-
-
 @pytest.mark.parametrize("mode", ["fixed", "prior"])
-def test_known_poses_of_some(mode: str, run: Run, place: Path, views: dict[str, View]) -> None:
+def test_known_cameras_and_poses_of_some(mode: str, run: Run, place: Path, views: dict[str, View]) -> None:
     part = part_of_truth(place, NAMES[1:4])
     model, report = run(f"known.poses={part}", f"known.poses_mode={mode}", f"known.intrinsics={place / 'gt.json'}")
     assert report.num_registered == 5
@@ -90,6 +81,9 @@ def test_known_poses_of_some(mode: str, run: Run, place: Path, views: dict[str, 
     assert (max(errors[1:4]) < 1e-9) == (mode == "fixed")
     assert min(errors[0], errors[4]) > 1e-6
     assert any("3 of 3 photos with a known pose" in note for note in report.notes)
+    for camera in model.cameras.values():
+        assert camera.model == "PINHOLE"
+        np.testing.assert_allclose(camera.params, views[NAMES[0]].K[[0, 1, 0, 1], [0, 1, 2, 2]], rtol=0, atol=1e-9)
 
 
 def test_stages_say_what_contradicts(run: Run, place: Path) -> None:
