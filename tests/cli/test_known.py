@@ -176,8 +176,10 @@ def test_triangulate(scene: Path, tmp_path: Path, run_here: Command) -> None:
     assert "has no pose in" in result.json["left_out"][0]["reason"]
 
 
-def test_register(scene: Path, tmp_path: Path, run_here: Command) -> None:
-    """Three photos become a model, to which the others are added."""
+def test_register(scene: Path, tmp_path: Path, run_here: Command, texture: Callable[..., Any]) -> None:
+    """Three photos become a model, to which the others are added, except for one that shows something else."""
+    every = shutil.copytree(scene / "images", tmp_path / "every")
+    texture(320, 240).save(every / "stranger.png")
     photos = tmp_path / "three"
     photos.mkdir()
     for name in NAMES[:3]:
@@ -185,8 +187,9 @@ def test_register(scene: Path, tmp_path: Path, run_here: Command) -> None:
     assert run_here("reconstruct", photos, "-o", tmp_path / "first", "--quiet", *SETTINGS).code == 0
     model = tmp_path / "first" / "sparse" / "0"
     before = read(tmp_path / "first")
-    result = run_here("register", scene / "images", model, "-o", tmp_path / "out", *SETTINGS)
+    result = run_here("register", every, model, "-o", tmp_path / "out", *SETTINGS)
     assert result.code == 0, result.err
+    assert "stranger.png: no other photo was found to show the same place" in result.out
     assert f"2 more placed in their frame: {NAMES[3]}, {NAMES[4]}" in result.out
     after = read(tmp_path / "out")
     assert sorted(poses(after)) == NAMES
