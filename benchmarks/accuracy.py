@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy.py [SET ...] [--out DIR] [--threads N] [-- OPTIONS OF THE TOOL]
 
-SET is a folder of MAST3R_SFM_DATA, or name@0,3,6 for those of its photos; without one, all sets are run.
+SET is a folder of MAST3R_SFM_DATA, or name@0,3,6 for those of its photos; without one, all sets are run. In the
+options of the tool, {set} stands for that folder, as in -- --intrinsics {set}/gt.json
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ TOLERANCE = 0.01
 def measure(spec: str, out: Path, threads: int, extra: Sequence[str]) -> dict[str, Any]:
     """Run the tool on one set and give its figures by name."""
     with common.open_set(spec) as photo_set:
-        run = common.run_tool(photo_set.images, out, threads, extra)
+        folder = str(common.data_root() / spec.partition("@")[0])
+        run = common.run_tool(photo_set.images, out, threads, [part.replace("{set}", folder) for part in extra])
         figures = common.score(common.read_models(out / "sparse"), photo_set)
     known = common.baseline(spec)
     figures |= {

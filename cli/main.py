@@ -19,6 +19,7 @@ from mast3r_sfm.errors import Mast3rSfmError
 from mast3r_sfm_cli.compare import compare
 from mast3r_sfm_cli.config import config
 from mast3r_sfm_cli.doctor import doctor
+from mast3r_sfm_cli.existing import register, triangulate
 from mast3r_sfm_cli.pairs import pairs
 from mast3r_sfm_cli.reconstruct import reconstruct
 from mast3r_sfm_cli.weights import weights
@@ -32,7 +33,7 @@ def cli() -> None:
     """Structure from motion: a folder of photos becomes a COLMAP model."""
 
 
-for _command in (reconstruct, pairs, compare, doctor, config, weights):
+for _command in (reconstruct, triangulate, register, pairs, compare, doctor, config, weights):
     cli.add_command(_command)
 
 

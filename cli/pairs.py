@@ -13,6 +13,7 @@ import click
 from mast3r_sfm.config import RunOptions
 from mast3r_sfm_cli.config import read_config, settings_options
 from mast3r_sfm_cli.folders import check_output, image_folder, image_options
+from mast3r_sfm_cli.known import known_assignments, known_options
 
 if TYPE_CHECKING:
     from mast3r_sfm.summaries import PairsReport
@@ -60,6 +61,7 @@ def pairs_assignments(flags: Mapping[str, Any]) -> list[str]:
 @click.option("--model", metavar="NAME", help="As for reconstruct.  [default: auto]")
 @settings_options
 @pairs_options
+@known_options
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @click.option("--threads", default=0, help="CPU threads.  [default: all]")
@@ -100,7 +102,7 @@ def _run(flags: Mapping[str, Any]) -> int:
 def _assignments(flags: Mapping[str, Any]) -> Sequence[str]:
     own = {"encode.model": flags["model"], "seed": flags["seed"]}
     given = [f"{name}={value}" for name, value in own.items() if value is not None]
-    return [*flags["assignments"], *given, *pairs_assignments(flags)]
+    return [*flags["assignments"], *given, *pairs_assignments(flags), *known_assignments(flags)]
 
 
 def _summary(report: PairsReport, output: Path) -> str:

@@ -16,6 +16,7 @@ from mast3r_sfm.config import RunOptions
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm_cli.config import read_config, settings_options
 from mast3r_sfm_cli.folders import check_output, image_folder, image_options
+from mast3r_sfm_cli.known import cameras_option, known_assignments, known_options
 from mast3r_sfm_cli.pairs import pairs_assignments, pairs_options
 from mast3r_sfm_cli.summary import missing_photos, summarise
 
@@ -41,6 +42,11 @@ class Flags:
     window: int | None
     time_budget: float | None
     single_camera: bool
+    cameras: str | None
+    intrinsics: str | None
+    intrinsics_prior: bool
+    poses: str | None
+    poses_prior: bool
     device: str
     dtype: str | None
     tf32: bool
@@ -64,11 +70,12 @@ class Flags:
             "map.camera_model": self.camera_model,
             "match.time_budget_min": self.time_budget,
             "map.mapper": self.mapper,
+            "prepare.cameras": self.cameras,
         }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
-        if self.single_camera:
+        if self.single_camera and self.cameras is None:
             own.append("prepare.cameras=single")
-        return [*self.assignments, *own, *pairs_assignments(vars(self))]
+        return [*self.assignments, *own, *pairs_assignments(vars(self)), *known_assignments(vars(self))]
 
 
 @click.command()
@@ -105,6 +112,8 @@ class Flags:
     help="What makes the model of the matches: align (ours), or COLMAP's global or incremental.  [default: align]",
 )
 @click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")
+@cameras_option
+@known_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @click.option("--dtype", metavar="TYPE", help="Of a decoder: float32, float16 or bfloat16.  [default: fits the device]")
 @click.option("--tf32", is_flag=True, help="Let CUDA round float32 products: several times faster.")

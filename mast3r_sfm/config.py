@@ -252,6 +252,39 @@ class MapConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownConfig:
+    """Cameras and poses that are known beforehand."""
+
+    intrinsics: str = ""
+    """File of known cameras: a gt.json, a transforms.json, a COLMAP model, or its cameras.txt or cameras.bin alone."""
+    intrinsics_mode: Literal["fixed", "prior"] = "fixed"
+    """fixed: known cameras stay as they are; prior: focal length and distortion are refined from there."""
+    intrinsics_of_groups: bool = False
+    """Photos that the file does not name get the known camera of those that would share one with them."""
+    poses: str = ""
+    """File of known poses: a gt.json or a COLMAP model."""
+    poses_mode: Literal["fixed", "prior"] = "fixed"
+    """fixed: known poses stay as they are; prior: they say which pairs are wrong and where the world lies."""
+    only_posed: bool = False
+    """Photos whose pose is not known are left out."""
+
+    def __post_init__(self) -> None:
+        for name in ("intrinsics", "poses"):
+            mode = getattr(self, f"{name}_mode")
+            _require(
+                bool(getattr(self, name)) or mode == "fixed", f"known.{name}_mode", mode, f"needs known.{name}, a file"
+            )
+        _require(
+            bool(self.intrinsics) or not self.intrinsics_of_groups,
+            "known.intrinsics_of_groups",
+            self.intrinsics_of_groups,
+            "needs known.intrinsics, a file",
+        )
+        has_poses = bool(self.poses)
+        _require(has_poses or not self.only_posed, "known.only_posed", self.only_posed, "needs known.poses, a file")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings that can change a result."""
 
@@ -262,9 +295,16 @@ class Config:
     match: MatchConfig = field(default_factory=MatchConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     map: MapConfig = field(default_factory=MapConfig)
+    known: KnownConfig = field(default_factory=KnownConfig)
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2^31)")
+        _require(
+            self.map.mapper == "align" or not (self.known.intrinsics or self.known.poses),
+            "map.mapper",
+            self.map.mapper,
+            "must be align where cameras or poses are known: COLMAP's mappers would not hold them",
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Config:

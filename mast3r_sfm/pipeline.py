@@ -12,6 +12,8 @@ from pathlib import Path
 
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
+from mast3r_sfm.alignment.known import judge_pairs, report_contradictions
+from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel, write_models
 from mast3r_sfm.colmap.sift import SiftModel
@@ -21,6 +23,7 @@ from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.held import summarise_images
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
+from mast3r_sfm.known import Known, known_keys, resolve_known
 from mast3r_sfm.machine import usable_cpus
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
@@ -162,6 +165,7 @@ class _Run:
     matching: MatchConfig = dataclasses.field(default_factory=MatchConfig)
     """As it is meant for the model and the device."""
     image_set: ImageSet | None = None
+    known: Known | None = None
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
     rejected_pairs: tuple[RejectedPair, ...] = ()
@@ -173,7 +177,9 @@ class _Run:
     def find_pairs(self) -> _Paired:
         """The stages up to the pairs that are to be matched."""
         with self.recorder.stage("prepare") as report:
-            photos = self.image_set = list_images(self.images, self.config.prepare, self.recorder)
+            self.image_set = list_images(self.images, self.config.prepare, self.recorder)
+            self.known = resolve_known(self.config.known, self.image_set, self.recorder)
+            photos = self.image_set = self.known.photos
             self.left_out = photos.left_out
             report.key = fingerprint(self.config.prepare, [dataclasses.asdict(record) for record in photos.records])
             report.counts = {"photos": len(photos) + len(photos.left_out), "usable": len(photos)}
@@ -182,7 +188,7 @@ class _Run:
             encodings = self._encode(photos, model, report)
         with self.recorder.stage("pairs") as report:
             chosen = self._choose_pairs(photos, encodings, model, report)
-        return _Paired(photos=photos, model=model, encodings=encodings, chosen=chosen)
+        return _Paired(photos=photos, model=model, encodings=encodings, chosen=chosen, known=self.known)
 
     def execute(self) -> None:
         """Run all stages in order."""
@@ -192,9 +198,9 @@ class _Run:
             matches, rig = self._match(paired, report)
         with self.recorder.stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
-            parts, rig = self._align(paired, matches, rig)
+            parts, rig = self._align(paired, matches, rig, report)
             self.rejected_pairs = rejected_pairs(matches, parts, photos.names)
-            report.counts = {
+            report.counts |= {
                 "parts": len(parts),
                 "images": sum(len(part.images) for part in parts),
                 "rejected pairs": len(self.rejected_pairs),
@@ -210,6 +216,7 @@ class _Run:
                 parts=parts,
                 detected=detected,
                 matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
+                known=paired.known.poses,
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:
@@ -290,6 +297,8 @@ class _Run:
         report.key = fingerprint("match", match_stage.CODE_VERSION, report.key, settings, self.config.seed)
         if self.matching.features != "model":
             report.key = fingerprint(report.key, SiftModel().fingerprint)
+        given = paired.known.cameras
+        report.key = known_keys(report.key, paired.known.cameras_key)
         cache = self._cache("match", report.key)
         checker = PairChecker(
             model=model,
@@ -298,6 +307,11 @@ class _Run:
             seed=self.config.seed,
             threads=self.threads,
             fine=self._fine_matcher(photos, model),
+            lenses={
+                image: Lens(camera=given[record.camera_group])
+                for image, record in enumerate(photos.records)
+                if record.camera_group in given
+            },
         )
         matcher = match_stage.Matcher(
             checker=checker,
@@ -311,7 +325,7 @@ class _Run:
                 paired.chosen.graph, cache, self.recorder, paired.chosen.reserve
             )
         self._judge_bridges(paired.chosen.graph, edges)
-        rig = matcher.estimate_rig(edges, photos.records)
+        rig = matcher.estimate_rig(edges, photos.records, given)
         matches = matcher.calibrate(edges, rig)
         # What follows also depends on who shares a camera, and on EXIF.
         report.key = fingerprint(report.key, [dataclasses.asdict(record) for record in photos.records])
@@ -347,12 +361,20 @@ class _Run:
             self.config.seed,
         )
 
-    def _align(self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig) -> tuple[list[AlignmentResult], Rig]:
+    def _align(
+        self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig, report: StageDraft
+    ) -> tuple[list[AlignmentResult], Rig]:
         """The parts, and the cameras with the focal lengths that alignment found."""
+        poses = paired.known.poses
+        report.key = known_keys(report.key, paired.known.poses_key)
+        if poses is not None:
+            judged = judge_pairs(matches, poses, self.config.align)
+            report_contradictions(judged, self.recorder)
+            report.counts = {"contradict known poses": int(judged.contradicts.sum())}
         own_depth = isinstance(paired.model, DenseModel) and self.matching.features != "sift"
         scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
         pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale, own_depth=own_depth)
-        parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes)
+        parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes, poses)
         return parts, align_stage.with_focal_lengths(rig, parts)
 
     def _map(
@@ -403,6 +425,8 @@ class _Run:
             for summary, model in zip(write_models(models, self.output / "sparse"), models, strict=True)
         )
         models[0].write_ply(self.output / "points.ply")
+        if self.known is not None and (said := self.known.describe(self.models[0].images)):
+            self.recorder.note(said)
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(
             LeftOut(name=name, reason=why_left_out(index, matches, photos, registered))
@@ -444,3 +468,4 @@ class _Paired:
     model: PairModel
     encodings: StoredEncodings
     chosen: ChosenPairs
+    known: Known

@@ -334,6 +334,10 @@ class Camera:
     """[K] COLMAP's order, for example f, cx, cy, k of SIMPLE_RADIAL."""
     focal_is_known: bool = False
     """The focal length comes from EXIF or the user, rather than from a guess."""
+    is_given: bool = False
+    """The user gave all of it: it keeps its model and starts from these parameters."""
+    is_fixed: bool = False
+    """The user gave it, and nothing changes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +370,8 @@ class AlignmentResult:
     """Value of the global loss after each iteration."""
     stop_reason: str
     focal_px: Float64 = field(default_factory=lambda: np.zeros(0))
-    """[n] in photo pixels, as alignment found or left it; [0] where it did not look for it."""
+    """[n] in photo pixels, as alignment found or left it, 0 of images of known pose that hold no pair; [0] where it did
+    not look for it."""
     num_edges: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     """[n] how many of `edges` hold an image; [0] where nobody counted."""
 

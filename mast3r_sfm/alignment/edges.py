@@ -70,3 +70,11 @@ def spanning_tree(edges: EdgeSet) -> list[tuple[int, int, int]]:
         pair = (min(int(parent[child]), int(child)), max(int(parent[child]), int(child)))
         triples.append((int(parent[child]), int(child), number[pair]))
     return triples
+
+
+def median_angle(match: PairMatches) -> float:
+    """Median angle in radians between the two rays of an edge's points."""
+    turned = match.points_second @ match.second_from_first[:, :3]
+    cosine = (match.points_first * turned).sum(axis=1)
+    sine = np.linalg.norm(np.cross(match.points_first, turned), axis=1)
+    return float(np.median(np.arctan2(sine, cosine)))

@@ -16,6 +16,7 @@ from mast3r_sfm.alignment.canonical import GRID_PX
 from mast3r_sfm.alignment.edges import components
 from mast3r_sfm.alignment.positions import Ratios, average_scales, ratios_of_image
 from mast3r_sfm.alignment.problem import PointmapProblem
+from mast3r_sfm.colmap.lens import straighten_matches
 from mast3r_sfm.types import Bool, Float64, Int32, Int64, PairMatches, Rig
 
 MAX_MATCHES = 2000
@@ -40,6 +41,7 @@ def problem_from_matches(
         rig: cameras in photo pixels; focal lengths that are not known are not looked at.
         pixel_scale: photo pixels per pixel of what the model saw, in which the problem is stated.
     """
+    matches, rig = straighten_matches(matches, rig)
     most = min(MAX_MATCHES, max(FEW_MATCHES, MAX_TOTAL // max(len(matches), 1)))
     counts = np.array([min(len(match), most) for match in matches])
     image = np.searchsorted(images, [(match.first, match.second) for match in matches]).reshape(-1, 2)

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mast3r_sfm.alignment.edges import components, make_edges, spanning_tree
+from mast3r_sfm.alignment.edges import components, make_edges, median_angle, spanning_tree
 from mast3r_sfm.alignment.epipolar import EpipolarProblem, refine_poses
 from mast3r_sfm.alignment.from_matches import problem_from_matches
+from mast3r_sfm.alignment.known import in_known_frame, judge_pairs
 from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE, average_scales, depth_ratios, solve_positions
 from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.rotations import average_rotations, trust_by_triangles
 from mast3r_sfm.alignment.tree import TreeKind
+from mast3r_sfm.colmap.lens import straighten_matches
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.errors import ReconstructionError
+from mast3r_sfm.geometry.known_poses import KnownPoses
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
 from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
@@ -38,9 +41,13 @@ class Pinholes:
 
 
 def align(
-    matches: Sequence[PairMatches], num_images: int, config: AlignConfig, pinholes: Pinholes | None = None
+    matches: Sequence[PairMatches],
+    num_images: int,
+    config: AlignConfig,
+    pinholes: Pinholes | None = None,
+    known: KnownPoses | None = None,
 ) -> list[AlignmentResult]:
-    """Align the pairs of every connected part; largest part first.
+    """Align the pairs of every connected part; largest part first, and before it what is in the frame of known poses.
 
     Parts are joined by pairs that carry a baseline. Pairs that contradict the whole are dropped, and the rest is
     aligned anew. Images that only a pure rotation ties to a part are left to be placed against its finished model.
@@ -50,8 +57,23 @@ def align(
         num_images: how many images the indices run over.
         config: thresholds.
         pinholes: the cameras; without them, the averages over the pairs are all that is looked for.
+        known: poses of some images; pairs that contradict them are not used.
     """
     usable = np.array([edge for edge, match in enumerate(matches) if match.verdict.has_depth], np.int32)
+    if known is None:
+        return _align_all(matches, usable, num_images, config, pinholes)
+    judged = judge_pairs(matches, known, config)
+    usable = usable[~judged.contradicts[usable]]
+    # Where nothing is left to be found, nothing is aligned.
+    settled = known.is_fixed and len(known) == num_images
+    parts = [] if settled else _align_all(matches, usable, num_images, config, pinholes)
+    return in_known_frame(parts, matches, known, judged)
+
+
+def _align_all(
+    matches: Sequence[PairMatches], usable: Int32, num_images: int, config: AlignConfig, pinholes: Pinholes | None
+) -> list[AlignmentResult]:
+    """The parts that the usable edges connect, each in a frame of its own."""
     waiting = [usable]
     results: list[AlignmentResult] = []
     dropped: list[PairMatches] = []
@@ -85,7 +107,7 @@ def _align_part(matches: list[PairMatches], images: Int32, config: AlignConfig) 
     if not good.all():
         return good, None
     scales, group = average_scales(depth_ratios(matches), len(matches))
-    angle = np.array([_median_angle(match) for match in matches])
+    angle = np.array([median_angle(match) for match in matches])
     centres, shift_error, history = solve_positions(edges, rotations, scales, group, angle)
     # The smaller the angle between the rays, the less the direction of a baseline is known.
     allowed = np.radians(config.max_direction_error_deg) * np.maximum(1.0, RELIABLE_ANGLE / np.maximum(angle, 1e-3))
@@ -130,8 +152,9 @@ def _refine(
 ) -> AlignmentResult:
     """The part with the poses and focal lengths that agree best with all matches at once."""
     del config
-    rig, scale = pinholes.rig, pinholes.pixel_scale
-    problem = EpipolarProblem.of(matches, averaged.images, rig, scale)
+    scale = pinholes.pixel_scale
+    straight, rig = straighten_matches(matches, pinholes.rig)
+    problem = EpipolarProblem.of(straight, averaged.images, rig, scale)
     focal = np.array([rig.cameras[rig.camera_of_image[image]].params[0] for image in averaged.images]) / scale
     refined = refine_poses(problem, averaged.cam_from_world, focal)
     return replace(
@@ -182,7 +205,7 @@ def with_focal_lengths(rig: Rig, parts: Sequence[AlignmentResult]) -> Rig:
     for part in reversed(parts):
         for image, focal in zip(part.images, part.focal_px, strict=False):
             number = int(rig.camera_of_image[image])
-            if not cameras[number].focal_is_known:
+            if focal > 0 and not cameras[number].focal_is_known:
                 params = cameras[number].params.copy()
                 params[0] = focal
                 cameras[number] = replace(cameras[number], params=params)
@@ -211,14 +234,6 @@ def _doubtful_bridges(matches: list[PairMatches], images: Int32, dropped: list[P
 def _best_first(excess: Float64) -> Bool:
     """Which edges to keep, by error over what is allowed: the worst go first, since the others may be their fault."""
     return np.asarray(excess <= max(1.0, float(excess.max()) / 3), np.bool_)
-
-
-def _median_angle(match: PairMatches) -> float:
-    """Median angle in radians between the two rays of an edge's points."""
-    turned = match.points_second @ match.second_from_first[:, :3]
-    cosine = (match.points_first * turned).sum(axis=1)
-    sine = np.linalg.norm(np.cross(match.points_first, turned), axis=1)
-    return float(np.median(np.arctan2(sine, cosine)))
 
 
 def _median_per_image(pairs: Int32, values: Float64, count: int) -> Float64:

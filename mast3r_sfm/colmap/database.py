@@ -74,7 +74,17 @@ def update_keypoints(path: Path, keypoints: Mapping[int, Float64]) -> None:
 
 
 def colmap_camera(camera: Camera, model: str, number: int) -> pycolmap.Camera:
-    """A pinhole camera as a `model` of COLMAP, without distortion."""
+    """A pinhole camera as a `model` of COLMAP, without distortion; one that was given as it is."""
+    if camera.is_given:
+        given = pycolmap.Camera(
+            camera_id=number,
+            model=camera.model,
+            width=camera.width_px,
+            height=camera.height_px,
+            params=camera.params.tolist(),
+        )
+        given.has_prior_focal_length = True
+        return given
     focal, x, y = camera.params[:3].tolist()
     result = pycolmap.Camera.create_from_model_name(number, model, focal, camera.width_px, camera.height_px)
     result.principal_point_x, result.principal_point_y = x, y

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pycolmap
 
+from mast3r_sfm.colmap.held import Held, refine_around, rigid
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.colmap.principal_point import MIN_IMAGES, is_centred, off_centre_cameras
 from mast3r_sfm.config import MapConfig
@@ -43,13 +44,23 @@ class MapperSettings:
 class Mapper:
     """Builds one model after the other from one database."""
 
-    def __init__(self, database: Path, settings: MapperSettings) -> None:
-        """Load the correspondences of `database`."""
+    def __init__(self, database: Path, settings: MapperSettings, held: Held | None = None) -> None:
+        """Load the correspondences of `database`.
+
+        Args:
+            database: of all images.
+            settings: thresholds and threads.
+            held: what is known and stays as it is.
+        """
+        options = pycolmap.DatabaseCacheOptions()
+        # An image of known pose stands in the model even where it matches nothing.
+        options.load_all_images = held is not None and bool(held.poses)
         with pycolmap.Database.open(str(database)) as opened:
-            self._cache = pycolmap.DatabaseCache.create(opened, pycolmap.DatabaseCacheOptions())
+            self._cache = pycolmap.DatabaseCache.create(opened, options)
         self._cameras = {number: (camera.model, list(camera.params)) for number, camera in self._cache.cameras.items()}
         self._settings = settings
-        self._options = _mapper_options(settings)
+        self._held = held or Held()
+        self._options = self._mapper_options()
 
     def build(self, poses: Mapping[int, Float64], *, grow: bool = True, rough: bool = False) -> ColmapModel:
         """Triangulate from given poses, adjust everything, and register what else the model can hold.
@@ -64,7 +75,10 @@ class Mapper:
         reconstruction.load(self._cache)
         for image, pose in poses.items():
             frame = reconstruction.frame(reconstruction.image(image + 1).frame_id)
-            frame.rig_from_world = pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3])
+            fixed = self._held.poses.get(image + 1)
+            frame.rig_from_world = (
+                pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3]) if fixed is None else rigid(fixed)
+            )
             reconstruction.register_frame(frame.frame_id)
         mapper = pycolmap.IncrementalMapper(self._cache)
         mapper.begin_reconstruction(reconstruction)
@@ -93,36 +107,38 @@ class Mapper:
         for number, camera in reconstruction.cameras.items():
             if camera.model != self._cache.camera(number).model:
                 _change_model(camera, "SIMPLE_PINHOLE")
-        options, bundle = _mapper_options(self._settings), self._bundle_options()
+        options, bundle = self._mapper_options(), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
         if not settle:
-            _adjust(reconstruction, options, bundle)
+            _adjust(reconstruction, options, bundle, self._held)
             return self._finish(reconstruction)
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
+        open_cameras = used - self._held.given_cameras
         # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
         # the raw ones, which err independently, showed: one about as far, in about that direction.
-        shifted = {number for number in used if not is_centred(reconstruction.camera(number))}
+        shifted = {number for number in open_cameras if not is_centred(reconstruction.camera(number))}
         confirmed: set[int] = set()
         for _ in range(READJUSTMENTS):
             bundle.refine_principal_point = False
-            _adjust(reconstruction, options, bundle)
+            _adjust(reconstruction, options, bundle, self._held)
             bundle.refine_principal_point = True
-            found = off_centre_cameras(reconstruction, bundle) if shifted else {}
+            found = off_centre_cameras(reconstruction, bundle, self._held) if shifted else {}
             confirmed = {number for number in shifted & found.keys() if _agrees(reconstruction, number, found[number])}
             if shifted and confirmed == shifted:
                 break
             for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
                 camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
         if confirmed:
-            _adjust(reconstruction, options, bundle, constant_cameras=used - confirmed)
+            _adjust(reconstruction, options, bundle, self._held, constant_cameras=used - confirmed)
         return self._finish(reconstruction)
 
     def _finish(self, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
-        """All cameras in the model that was asked for, those whose distortion was held too."""
-        for camera in reconstruction.cameras.values():
-            if camera.model.name != self._settings.config.camera_model:
+        """All cameras in the model that was asked for, those whose distortion was held too; known ones as they were."""
+        for number, camera in reconstruction.cameras.items():
+            if number not in self._held.given_cameras and camera.model.name != self._settings.config.camera_model:
                 _change_model(camera, self._settings.config.camera_model)
+        self._held.place(reconstruction)
         return ColmapModel(reconstruction)
 
     def _hold_distortion(self, images: Iterable[int]) -> None:
@@ -136,7 +152,7 @@ class Mapper:
             # In the database's copy: the mapper registers images by it, and wants both to agree.
             camera = self._cache.camera(number)
             camera.model, camera.params = model, params
-            if taken[number] < MIN_IMAGES:
+            if taken[number] < MIN_IMAGES and number not in self._held.given_cameras:
                 _change_model(camera, "SIMPLE_PINHOLE")
 
     def _settle_principal_points(
@@ -146,16 +162,15 @@ class Mapper:
         reconstruction = mapper.reconstruction
         options = self._bundle_options(rough=rough)
         options.refine_principal_point = True
-        refined = off_centre_cameras(reconstruction, options)
+        refined = off_centre_cameras(reconstruction, options, self._held)
         used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
         if not refined:
             return
         for number, params in refined.items():
             reconstruction.camera(number).params = params.tolist()
-        held = _mapper_options(self._settings)
+        held = self._mapper_options()
         held.constant_cameras = used - set(refined)
-        mapper.iterative_global_refinement(1, MAX_CHANGE, held, options, triangulation, True)
-        mapper.filter_frames(held)
+        self._refine(mapper, held, options, triangulation, 1)
 
     def _triangulate_all(
         self,
@@ -169,21 +184,49 @@ class Mapper:
     def _adjust(
         self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
     ) -> None:
-        bundle = self._bundle_options(rough=rough)
-        rounds = ROUGH_REFINEMENTS if rough else MAX_REFINEMENTS
-        mapper.iterative_global_refinement(rounds, MAX_CHANGE, self._options, bundle, triangulation, True)
-        mapper.filter_frames(self._options)
+        bundle, rounds = self._bundle_options(rough=rough), ROUGH_REFINEMENTS if rough else MAX_REFINEMENTS
+        self._refine(mapper, self._options, bundle, triangulation, rounds)
+
+    def _refine(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        options: pycolmap.IncrementalMapperOptions,
+        bundle: pycolmap.BundleAdjustmentOptions,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        rounds: int,
+    ) -> None:
+        """Adjust everything in so many rounds at most, and take out images that hold nothing any more."""
+        if self._held.holds(mapper.reconstruction):
+            refine_around(mapper, self._held, options, bundle, triangulation, (rounds, MAX_CHANGE))
+            return
+        mapper.iterative_global_refinement(rounds, MAX_CHANGE, options, bundle, triangulation, True)
+        mapper.filter_frames(options)
 
     def _register_more(
         self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> int:
         """Try the images that see enough of the model's points; returns how many were registered."""
         added = 0
-        for number in mapper.find_next_images(self._options, False):
-            if mapper.register_next_image(self._options, number):
+        # Images of known pose stand where it says, or in no model.
+        for number in (n for n in mapper.find_next_images(self._options, False) if n not in self._held.poses):
+            if mapper.register_next_image(self._registering(self._cache.image(number).camera_id), number):
                 mapper.triangulate_image(triangulation, number)
                 added += 1
         return added
+
+    def _registering(self, camera: int) -> pycolmap.IncrementalMapperOptions:
+        """Options with which an image of a camera is registered: what is fixed is not refined by it either."""
+        if camera not in self._held.fixed_cameras:
+            return self._options
+        options = self._mapper_options()
+        options.abs_pose_refine_focal_length = options.abs_pose_refine_extra_params = False
+        return options
+
+    def _mapper_options(self) -> pycolmap.IncrementalMapperOptions:
+        options = _mapper_options(self._settings)
+        options.constant_cameras = set(self._held.fixed_cameras)
+        self._held.loosen(options, self._cache.cameras)
+        return options
 
     def _triangulation_options(self, num_images: int) -> pycolmap.IncrementalTriangulatorOptions:
         options = pycolmap.IncrementalTriangulatorOptions()
@@ -193,6 +236,7 @@ class Mapper:
         # Two or three images have hardly any longer tracks.
         options.ignore_two_view_tracks = num_images > 3
         options.random_seed = self._settings.seed
+        self._held.loosen(options, self._cache.cameras)
         return options
 
     def _bundle_options(self, *, rough: bool = False) -> pycolmap.BundleAdjustmentOptions:
@@ -215,22 +259,16 @@ def _adjust(
     reconstruction: pycolmap.Reconstruction,
     options: pycolmap.IncrementalMapperOptions,
     bundle: pycolmap.BundleAdjustmentOptions,
+    held: Held,
     constant_cameras: Collection[int] = (),
 ) -> None:
     """Adjust all of a reconstruction, drop what does not fit, and take out images that hold nothing any more."""
-    config = pycolmap.BundleAdjustmentConfig()
-    for image in sorted(reconstruction.reg_image_ids()):
-        config.add_image(image)
-    for camera in sorted(constant_cameras):
-        config.set_constant_cam_intrinsics(camera)
-    config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    config = held.configure(reconstruction, constant_cameras)
     pycolmap.create_default_bundle_adjuster(bundle, config, reconstruction).solve()
     manager = pycolmap.ObservationManager(reconstruction)
     manager.filter_observations_with_negative_depth()
     manager.filter_all_points3D(options.filter_max_reproj_error, options.filter_min_tri_angle)
-    bounds = options.min_focal_length_ratio, options.max_focal_length_ratio, options.max_extra_param
-    for frame in manager.filter_frames(*bounds, 1):
-        manager.deregister_frame(frame)
+    held.drop_empty(manager, reconstruction, options)
 
 
 def one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:

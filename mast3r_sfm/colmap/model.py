@@ -13,6 +13,7 @@ import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.errors import InputError
+from mast3r_sfm.geometry.similarity import Similarity
 from mast3r_sfm.summaries import ModelSummary
 from mast3r_sfm.types import Bool, Camera, Float64, Tracks
 
@@ -191,6 +192,13 @@ class ColmapModel:
         kept = {image + 1 for image in images}
         for number in sorted(set(changed.reg_image_ids()) - kept):
             changed.deregister_frame(changed.image(number).frame_id)
+        return ColmapModel(changed)
+
+    def transformed(self, similarity: Similarity) -> ColmapModel:
+        """A copy in another world, to which the similarity leads from this one."""
+        changed = pycolmap.Reconstruction(self._reconstruction)
+        rotation = pycolmap.Rotation3d(similarity.rotation)
+        changed.transform(pycolmap.Sim3d(similarity.scale, rotation, similarity.translation))
         return ColmapModel(changed)
 
     def _registered(self) -> list[pycolmap.Image]:

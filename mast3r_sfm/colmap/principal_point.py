@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pycolmap
 
+from mast3r_sfm.colmap.held import Held
 from mast3r_sfm.types import Float64
 
 MIN_SIGNIFICANCE = 9.0
@@ -25,23 +26,24 @@ MAX_SHIFT = 0.1
 
 
 def off_centre_cameras(
-    reconstruction: pycolmap.Reconstruction, options: pycolmap.BundleAdjustmentOptions
+    reconstruction: pycolmap.Reconstruction, options: pycolmap.BundleAdjustmentOptions, held: Held
 ) -> dict[int, Float64]:
     """Refine all principal points on a copy, and find those that are significantly out of the middle.
 
     Args:
         reconstruction: a converged model; it is not changed.
         options: of bundle adjustment, with `refine_principal_point` set.
+        held: what is known; cameras that were given keep their principal points.
 
     Returns:
         refined parameters of those cameras, by camera id.
     """
     trial = pycolmap.Reconstruction(reconstruction)
+    open_cameras = {trial.image(image).camera_id for image in trial.reg_image_ids()} - held.given_cameras
+    if not open_cameras:
+        return {}
     trial.tear_down()  # without the images that are not registered, whose poses the covariance would ask for
-    config = pycolmap.BundleAdjustmentConfig()
-    for image in sorted(trial.reg_image_ids()):
-        config.add_image(image)
-    config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    config = held.configure(trial, held.given_cameras)
     adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, trial)
     if not adjuster.solve().is_solution_usable():
         return {}
@@ -53,7 +55,7 @@ def off_centre_cameras(
     variance = residual_variance(trial)
     taken = Counter(trial.image(image).camera_id for image in trial.reg_image_ids())
     found = {}
-    for number in sorted(camera for camera, images in taken.items() if images >= MIN_IMAGES):
+    for number in sorted(camera for camera in open_cameras if taken[camera] >= MIN_IMAGES):
         camera = trial.camera(number)
         spread = covariance.get_other_params_cov(camera.params)
         if spread is not None and _is_significant(camera, variance * np.asarray(spread)):

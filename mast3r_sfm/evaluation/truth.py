@@ -84,7 +84,7 @@ def read_truth_json(path: Path) -> Truth:
     Raises:
         InputError: the file cannot be read or does not have this form; the message says where.
     """
-    data = _load(path)
+    data = load_object(path)
     images = data.get("images")
     if not isinstance(images, dict) or len(images) < 2:
         raise InputError(f'{path}: "images" must map two or more image names to their R and t')
@@ -93,12 +93,12 @@ def read_truth_json(path: Path) -> Truth:
         where = f"{path}: images[{name!r}]"
         if not isinstance(entry, dict):
             raise InputError(f"{where} must be an object with R and t")
-        rotation = _rotation(entry.get("R"), f"{where}.R")
-        translation = _numbers(entry.get("t"), (3,), f"{where}.t")
+        rotation = read_rotation(entry.get("R"), f"{where}.R")
+        translation = read_numbers(entry.get("t"), (3,), f"{where}.t")
         poses[name] = np.column_stack([rotation, translation])
         scenes[name] = str(entry.get("scene", ""))
         if entry.get("K") is not None:
-            matrix = _numbers(entry["K"], (3, 3), f"{where}.K")
+            matrix = read_numbers(entry["K"], (3, 3), f"{where}.K")
             matrix[:2, 2] += 0.5
             intrinsics[name] = matrix
     unrelated = data.get("unrelated", [])
@@ -110,7 +110,12 @@ def read_truth_json(path: Path) -> Truth:
     return Truth(cam_from_world=poses, scene=scenes, intrinsics=intrinsics, unrelated=tuple(sorted(set(unrelated))))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: the file cannot be read or holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -122,7 +127,12 @@ def _load(path: Path) -> dict[str, Any]:
     return data
 
 
-def _numbers(value: object, shape: tuple[int, ...], where: str) -> Float64:
+def read_numbers(value: object, shape: tuple[int, ...], where: str) -> Float64:
+    """Finite numbers of a shape, as JSON has them; `where` says in an error what they are.
+
+    Raises:
+        InputError: it is something else.
+    """
     wanted = "×".join(map(str, shape))
     if value is None:
         raise InputError(f"{where} is missing; it must hold {wanted} numbers")
@@ -137,8 +147,13 @@ def _numbers(value: object, shape: tuple[int, ...], where: str) -> Float64:
     return array
 
 
-def _rotation(value: object, where: str) -> Float64:
-    matrix = _numbers(value, (3, 3), where)
+def read_rotation(value: object, where: str) -> Float64:
+    """The rotation [3, 3] nearest to a matrix that was written with a few digits; `where` as for `read_numbers`.
+
+    Raises:
+        InputError: it is no rotation.
+    """
+    matrix = read_numbers(value, (3, 3), where)
     error = float(np.abs(matrix @ matrix.T - np.eye(3)).max())
     if error > _ROTATION_TOLERANCE or np.linalg.det(matrix) < 0:
         raise InputError(

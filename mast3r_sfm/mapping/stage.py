@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from mast3r_sfm.colmap.database import DatabaseContent, update_keypoints, write_database
+from mast3r_sfm.colmap.held import Held
 from mast3r_sfm.colmap.mapper import Mapper, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.colmap.other_mappers import colmap_models
+from mast3r_sfm.geometry.known_poses import KnownPoses, similarity_between_poses
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
@@ -56,6 +58,15 @@ class MapInput:
     side by side, two pairs hit neighbouring ones by their noise, and the geometry has to tell tracks apart."""
     matched_px: float | None = None
     """Photo pixels per pixel that was matched, where that is not a pixel of matching: in windows at full resolution."""
+    known: KnownPoses | None = None
+    """Poses in whose frame the first part is."""
+
+    @property
+    def fixed_poses(self) -> dict[int, Float64]:
+        """cam_from_world [7] of the images whose pose nothing changes, by number."""
+        if self.known is None or not self.known.is_fixed:
+            return {}
+        return dict(zip(self.known.images.tolist(), self.known.params, strict=True))
 
 
 def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
@@ -93,6 +104,8 @@ def build_models(
 ) -> list[ColmapModel]:
     """One model per aligned part, largest first; an image stands in one model only.
 
+    What stands in the frame of known poses comes before all others.
+
     Args:
         database: as `write_matches` wrote it.
         given: images, edges and aligned parts.
@@ -102,7 +115,8 @@ def build_models(
     """
     models: list[ColmapModel] = []
     taken: set[str] = set()
-    mapper, is_ours = Mapper(database, settings), settings.config.mapper == "align"
+    mapper = Mapper(database, settings, Held.of(given.rig, given.fixed_poses))
+    is_ours = settings.config.mapper == "align"
     is_rough = is_ours and refiner is not None
     for model in (
         _own_models(mapper, given, taken, progress, rough=is_rough)
@@ -127,7 +141,12 @@ def build_models(
                 f"the model of {min(final.cam_from_world)} and {others} more photos explains only {share:.0%} "
                 "of their matches; its poses may be wrong"
             )
-    return sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+    order = sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+    if given.known is None:
+        return order
+    known = {given.names[image] for image in given.known.images}
+    order.sort(key=lambda model: len(known & model.cam_from_world.keys()) < min(2, len(known)))
+    return [_in_known_frame(model, given.known) for model in order]
 
 
 def _own_models(
@@ -142,7 +161,7 @@ def _own_models(
                 if given.names[image] not in taken
             }
             progress.advance()
-            yield from _coherent_models(mapper, poses, taken, rough=rough)
+            yield from _coherent_models(mapper, poses, taken, frozenset(given.fixed_poses), rough=rough)
 
 
 def _models_by_colmap(
@@ -160,7 +179,7 @@ def _models_by_colmap(
 
 
 def _coherent_models(
-    mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str], *, rough: bool
+    mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str], fixed: Set[int] = frozenset(), *, rough: bool
 ) -> Iterator[ColmapModel]:
     """The model that poses lead to; its groups each by itself, where next to nothing holds them together.
 
@@ -168,6 +187,7 @@ def _coherent_models(
         mapper: of the database.
         poses: cam_from_world [3, 4] by image number.
         taken: names of images that stand in other models; the poses are of none of them.
+        fixed: images whose poses are known, which hold groups together without any common point.
         rough: as for `Mapper.build`.
     """
     waiting = [(poses, True)]
@@ -178,13 +198,29 @@ def _coherent_models(
         model = mapper.build(some, grow=grow, rough=rough)
         if taken & model.cam_from_world.keys():
             model = mapper.build(some, grow=False, rough=rough)
-        groups = model.groups(MIN_SHARED)
+        groups = _joined_by(fixed, model.groups(MIN_SHARED))
         if len(groups) == 1:
             yield model
             continue
         # A group by itself takes in no others: it would grow to what has just been taken apart.
         found = model.poses()
         waiting += [({image: found[image] for image in group}, False) for group in groups]
+
+
+def _joined_by(fixed: Set[int], groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The groups, with all that hold a fixed image as one, the first."""
+    held = sorted(image for group in groups if not fixed.isdisjoint(group) for image in group)
+    return [*([held] if held else []), *(list(group) for group in groups if fixed.isdisjoint(group))]
+
+
+def _in_known_frame(model: ColmapModel, known: KnownPoses) -> ColmapModel:
+    """The model in the frame of known poses, where it holds two of them; otherwise as it is."""
+    poses = model.poses()
+    mine = [row for row, image in enumerate(known.images.tolist()) if image in poses]
+    if known.is_fixed or len(mine) < 2:
+        return model
+    found = np.array([poses[int(known.images[row])] for row in mine])
+    return model.transformed(similarity_between_poses(found, known.cam_from_world[mine]))
 
 
 def _is_large_enough(model: ColmapModel) -> bool:

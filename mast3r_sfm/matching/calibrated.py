@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import poselib
 
+from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import rays, rotation_between, sampson_error, triangulate
 from mast3r_sfm.geometry.similarity import align_similarity_robust, spanned_dimensions
-from mast3r_sfm.matching.check import EpipolarEdge, min_significant_inliers
+from mast3r_sfm.matching.check import EpipolarEdge, Pinhole, min_significant_inliers
+from mast3r_sfm.matching.straight import bend
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, PairMatches, Verdict
 
 TURN_SHARE = 0.85
@@ -31,26 +33,21 @@ class View:
     """[2] principal point in network pixels."""
     scale: float
     """Photo pixels per network pixel."""
+    lens: Lens | None = None
+    """Of a camera that is known; the network pixels of its edges are straight ones."""
+
+    def photo_xy(self, xy: Float64) -> Float64:
+        """Network pixels [M, 2] of an edge to photo pixels [M, 2]."""
+        return self.scale * (xy if self.lens is None else bend(self.lens, xy, self.scale))
 
     def rays(self, xy: Float64) -> Float64:
         """Unit viewing directions of network pixels."""
         return rays(xy, self.focal_px, self.centre_px)
 
     @property
-    def intrinsics(self) -> Float64:
-        """[3, 3] in network pixels."""
-        focal, (x, y) = self.focal_px, self.centre_px.tolist()
-        return np.array([[focal, 0.0, x], [0.0, focal, y], [0.0, 0.0, 1.0]])
-
-    def poselib_camera(self) -> dict[str, object]:
-        """The same intrinsics as poselib takes them."""
-        width, height = (2 * self.centre_px).tolist()
-        return {
-            "model": "SIMPLE_PINHOLE",
-            "width": round(width),
-            "height": round(height),
-            "params": [self.focal_px, *self.centre_px.tolist()],
-        }
+    def pinhole(self) -> Pinhole:
+        """The camera in network pixels."""
+        return Pinhole(focal_px=self.focal_px, centre_px=self.centre_px)
 
 
 def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int) -> PairMatches:
@@ -93,8 +90,8 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
     return PairMatches(
         first=edge.first,
         second=edge.second,
-        xy_first=first.scale * edge.xy_first[keep],
-        xy_second=second.scale * edge.xy_second[keep],
+        xy_first=first.photo_xy(edge.xy_first[keep]),
+        xy_second=second.photo_xy(edge.xy_second[keep]),
         confidence=edge.confidence[keep],
         points_first=points[keep],
         points_second=points_second[keep],
@@ -108,7 +105,7 @@ def calibrate_pair(edge: EpipolarEdge, first: View, second: View, config: MatchC
 def _relative_pose(
     edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int
 ) -> tuple[Float64, Bool]:
-    cameras = first.poselib_camera(), second.poselib_camera()
+    cameras = first.pinhole.poselib_camera(), second.pinhole.poselib_camera()
     count = min(len(edge.xy_first), SAMPLED_MATCHES)
     last = count - 1 if edge.points_first is None else len(edge.xy_first) - 1
     few = np.linspace(0, last, count).astype(np.int64)
@@ -125,7 +122,7 @@ def _relative_pose(
     # A translation of zero length would be a pure rotation, which the caller has ruled out.
     translation = translation / max(float(np.linalg.norm(translation)), 1e-12)
     essential = np.cross(translation, pose.R, axisb=0, axisc=0)
-    fundamental = np.linalg.inv(second.intrinsics).T @ essential @ np.linalg.inv(first.intrinsics)
+    fundamental = np.linalg.inv(second.pinhole.matrix).T @ essential @ np.linalg.inv(first.pinhole.matrix)
     inliers = sampson_error(fundamental, edge.xy_first, edge.xy_second) < config.max_epipolar_error_px
     return np.concatenate([pose.R, translation[:, None]], axis=1), inliers
 
@@ -146,8 +143,8 @@ def _without_depth(edge: EpipolarEdge, verdict: Verdict, keep: Int64, first: Vie
     return PairMatches(
         first=edge.first,
         second=edge.second,
-        xy_first=first.scale * edge.xy_first[keep],
-        xy_second=second.scale * edge.xy_second[keep],
+        xy_first=first.photo_xy(edge.xy_first[keep]),
+        xy_second=second.photo_xy(edge.xy_second[keep]),
         confidence=confidence,
         points_first=none,
         points_second=none,

@@ -85,6 +85,27 @@ class MatchedPoints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pinhole:
+    """A known camera without distortion."""
+
+    focal_px: float
+    centre_px: Float64
+    """[2]."""
+
+    @property
+    def matrix(self) -> Float64:
+        """[3, 3]."""
+        x, y = self.centre_px.tolist()
+        return np.array([[self.focal_px, 0.0, x], [0.0, self.focal_px, y], [0.0, 0.0, 1.0]])
+
+    def poselib_camera(self) -> dict[str, object]:
+        """The same as poselib takes it."""
+        width, height = (2 * self.centre_px).tolist()
+        params = [self.focal_px, *self.centre_px.tolist()]
+        return {"model": "SIMPLE_PINHOLE", "width": round(width), "height": round(height), "params": params}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Putative:
     """Matches of a pair before any check; network pixels."""
 
@@ -98,6 +119,8 @@ class Putative:
     """From a pointmap model, the points of the K matches with these numbers; made when they are asked for."""
     frames: tuple[Float64, Float64] | None = None
     """What each image shows, [2, 2]: its first and its last corner. None: overlays are not looked for."""
+    cameras: tuple[Pinhole, Pinhole] | None = None
+    """Of both images, in network pixels, where both are known."""
 
     def subset(self, index: Int64 | Bool) -> Putative:
         """The matches that `index` (integers or a mask) picks, in its order."""
@@ -110,6 +133,7 @@ class Putative:
             is_distinct=self.is_distinct[index],
             points=None if points is None else lambda chosen: points(numbers[chosen]),
             frames=self.frames,
+            cameras=self.cameras,
         )
 
 
@@ -176,15 +200,23 @@ def _stands(judged: Putative, kept: Putative, config: MatchConfig) -> bool:
 
 
 def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[Float64, Putative]:
-    """[3, 3] the fundamental matrix of the distinct matches, zero for too few, and all matches that agree with it."""
+    """[3, 3] the fundamental matrix of the distinct matches, zero for too few, and all matches that agree with it.
+
+    Where both cameras are known, it is the one that an essential matrix makes with them.
+    """
     distinct = judged.subset(judged.is_distinct)
     if len(distinct.xy_first) < MIN_SAMPLE:
         return np.zeros((3, 3)), judged.subset(np.zeros(len(judged.xy_first), np.bool_))
-    fundamental, _ = poselib.estimate_fundamental(
-        distinct.xy_first,
-        distinct.xy_second,
-        {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(judged, seed)},
-    )
+    options = {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(judged, seed)}
+    if judged.cameras is None:
+        fundamental, _ = poselib.estimate_fundamental(distinct.xy_first, distinct.xy_second, options)
+    else:
+        # Five matches instead of seven, and planes, on which a fundamental matrix is arbitrary, are no exception.
+        first, second = judged.cameras
+        cameras = first.poselib_camera(), second.poselib_camera()
+        pose, _ = poselib.estimate_relative_pose(distinct.xy_first, distinct.xy_second, *cameras, options)
+        essential = np.cross(np.asarray(pose.t, np.float64), pose.R, axisb=0, axisc=0)
+        fundamental = np.linalg.inv(second.matrix).T @ essential @ np.linalg.inv(first.matrix)
     error = sampson_error(fundamental, judged.xy_first, judged.xy_second)
     return np.asarray(fundamental, np.float64), judged.subset(error < config.max_epipolar_error_px)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
 from mast3r_sfm.matching.fine import FineMatcher
@@ -19,6 +20,7 @@ from mast3r_sfm.matching.putative import (
     nearest_pixels,
     pair_points,
 )
+from mast3r_sfm.matching.straight import PairLenses
 from mast3r_sfm.models.base import DenseModel, PairModel
 from mast3r_sfm.types import Encoding
 
@@ -44,6 +46,8 @@ class PairChecker:
     """All kinds of keypoints to match; a dense model's own matches come on top."""
     fine: FineMatcher | None = None
     """Matches links of a dense model once more, at full resolution."""
+    lenses: Mapping[int, Lens] = field(default_factory=dict)
+    """Of the images whose cameras are known: their edges are in straight pixels."""
 
     def check(self, pairs: Sequence[Pair]) -> Generator[list[EpipolarEdge]]:
         """The edges of all pairs, each once, as they get finished; encodings are read by the calling thread alone.
@@ -75,7 +79,8 @@ class PairChecker:
             yield partial(self._check_keypoints, pair, self.views(pair), self.keypoints(pair))
 
     def _check_keypoints(self, pair: Pair, pixels: Views, keypoints: Sequence[Views]) -> list[EpipolarEdge]:
-        return [check_pair(pair, self.match(pixels, keypoints), self.config, self.seed)]
+        putative = PairLenses.of(pair, pixels, self.lenses).straighten(self.match(pixels, keypoints))
+        return [check_pair(pair, putative, self.config, self.seed)]
 
     def _dense_tasks(self, model: DenseModel, pairs: Sequence[Pair]) -> Iterator[Callable[[], list[EpipolarEdge]]]:
         sizes: dict[tuple[tuple[int, int], ...], list[Pair]] = {}
@@ -99,8 +104,9 @@ class PairChecker:
             if self.sources:
                 others = self.match(views[number], keypoints[number])
                 putative = _with_points(join_putative([putative, others]), views[number], points_at)
-            edge = check_pair(pairs[number], putative, self.config, self.seed)
-            edges.append(edge if self.fine is None else self.fine.refine(edge, views[number], points_at))
+            lenses = PairLenses.of(pairs[number], views[number], self.lenses)
+            edge = check_pair(pairs[number], lenses.straighten(putative), self.config, self.seed)
+            edges.append(edge if self.fine is None else self.fine.refine(edge, views[number], points_at, lenses))
         return edges
 
 

@@ -18,6 +18,7 @@ from mast3r_sfm.images.framing import photo_from_window, turned_by
 from mast3r_sfm.images.loading import DecodedPhoto
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
 from mast3r_sfm.matching.putative import PointsAt, grid_step, match_dense, nearest_pixels, shown
+from mast3r_sfm.matching.straight import PairLenses
 from mast3r_sfm.matching.window_encodings import WindowEncodings
 from mast3r_sfm.matching.windows import Tiling, select
 from mast3r_sfm.models.base import DenseModel, PairModel
@@ -91,7 +92,13 @@ class FineMatcher:
         self._encodings = WindowEncodings(model, decode)
         self._lock = Lock()
 
-    def refine(self, coarse: EpipolarEdge, views: tuple[Encoding, Encoding], points_at: PointsAt) -> EpipolarEdge:
+    def refine(
+        self,
+        coarse: EpipolarEdge,
+        views: tuple[Encoding, Encoding],
+        points_at: PointsAt,
+        lenses: PairLenses | None = None,
+    ) -> EpipolarEdge:
         """Match a pair in windows, and check it again.
 
         Args:
@@ -99,6 +106,7 @@ class FineMatcher:
             views: encodings of both photos as wholes.
             points_at: 3D points of pixels of the whole photos, by the coarse prediction. Windows know no common scale,
                 so each fine match gets the points of the coarse pixels that are nearest to it.
+            lenses: what is known of the cameras; edges are in their straight pixels.
 
         Returns:
             the pair with fine matches alone; as it was where it is no link, where both photos are too small, and where
@@ -106,10 +114,11 @@ class FineMatcher:
         """
         if not coarse.verdict.is_link or max(view.transform.scale for view in views) < self._min_scale:
             return coarse
+        lenses = lenses or PairLenses()
         first = _Side.of(coarse.first, self._records[coarse.first], views[0])
         second = _Side.of(coarse.second, self._records[coarse.second], views[1])
         with self._lock:
-            matches = _thinned(_one_to_one(self._match_windows(coarse, first, second)), first, second)
+            matches = _thinned(_one_to_one(self._match_windows(lenses.bend(coarse), first, second)), first, second)
         index_first, index_second = (
             nearest_pixels(xy, view) for xy, view in zip((matches.xy_first, matches.xy_second), views, strict=True)
         )
@@ -121,7 +130,7 @@ class FineMatcher:
             frames=(shown(views[0]), shown(views[1])),
             points=lambda numbers: points_at(index_first[numbers], index_second[numbers]),
         )
-        fine = check_pair((coarse.first, coarse.second), putative, self._config, self._seed)
+        fine = check_pair((coarse.first, coarse.second), lenses.straighten(putative), self._config, self._seed)
         confirmed = fine.verdict.is_link and fine.inlier_ratio >= MIN_CONFIRMED * coarse.inlier_ratio
         return fine if confirmed else coarse
 

@@ -33,7 +33,9 @@ MAX_TURN_DEFECT = 0.02
 plane seen from different places."""
 
 
-def estimate_focal_ratios(edges: list[EpipolarEdge], camera_of_image: Int32, sizes: Float64, known: Float64) -> Float64:
+def estimate_focal_ratios(
+    edges: list[EpipolarEdge], camera_of_image: Int32, sizes: Float64, known: Float64, centres: Float64 | None = None
+) -> Float64:
     """Focal length of each camera, over the long side of its image.
 
     Args:
@@ -41,6 +43,7 @@ def estimate_focal_ratios(edges: list[EpipolarEdge], camera_of_image: Int32, siz
         camera_of_image: [N] camera of each image.
         sizes: [N, 2] width and height in network pixels.
         known: [C] ratio where it is known, NaN elsewhere.
+        centres: [N, 2] principal points in network pixels; None: the middles of the images.
 
     Returns:
         [C]: the known ratios, and estimates where the pairs allow one, else TYPICAL_RATIO.
@@ -48,10 +51,12 @@ def estimate_focal_ratios(edges: list[EpipolarEdge], camera_of_image: Int32, siz
     links = [edge for edge in edges if edge.verdict.is_link]
     general = [edge for edge in links if not edge.is_flat]
     ratios = np.where(np.isnan(known), TYPICAL_RATIO, known)
+    centres = sizes / 2 if centres is None else centres
     if len(general) > MIN_GENERAL_SHARE * len(links):
-        return _search(_Geometry.of(general, "fundamental", camera_of_image, sizes), essential_defect, ratios, known)
+        geometry = _Geometry.of(general, "fundamental", camera_of_image, sizes, centres)
+        return _search(geometry, essential_defect, ratios, known)
     if links:
-        geometry = _Geometry.of(links, "homography", camera_of_image, sizes)
+        geometry = _Geometry.of(links, "homography", camera_of_image, sizes, centres)
         turned = _search(geometry, turn_defect, ratios, known)
         focal = turned[geometry.cameras] * geometry.long_side
         if float(np.median(turn_defect(geometry.matrices, focal[:, 0], focal[:, 1]))) < MAX_TURN_DEFECT:
@@ -62,7 +67,7 @@ def estimate_focal_ratios(edges: list[EpipolarEdge], camera_of_image: Int32, siz
 
 @dataclass(frozen=True, kw_only=True)
 class _Geometry:
-    """P matrices of one kind, for pixels relative to the image centres."""
+    """P matrices of one kind, for pixels relative to the principal points."""
 
     matrices: Float64
     """[P, 3, 3] fundamental matrices or homographies."""
@@ -74,12 +79,14 @@ class _Geometry:
     """[P]."""
 
     @classmethod
-    def of(cls, edges: list[EpipolarEdge], kind: str, camera_of_image: Int32, sizes: Float64) -> _Geometry:
+    def of(
+        cls, edges: list[EpipolarEdge], kind: str, camera_of_image: Int32, sizes: Float64, centres: Float64
+    ) -> _Geometry:
         """Gather the attribute `kind` of the edges."""
         pairs = np.array([(edge.first, edge.second) for edge in edges])
         matrices = np.array([getattr(edge, kind) for edge in edges])
         shift = np.tile(np.eye(3), (len(pairs), 2, 1, 1))
-        shift[:, :, :2, 2] = sizes[pairs] / 2
+        shift[:, :, :2, 2] = centres[pairs]
         left = shift[:, 1].transpose(0, 2, 1) if kind == "fundamental" else np.linalg.inv(shift[:, 1])
         return cls(
             matrices=left @ matrices @ shift[:, 0],

@@ -20,6 +20,7 @@ from mast3r_sfm.geometry.epipolar import sampson_error
 from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
 from mast3r_sfm.matching.checker import Pair, PairChecker, Views
 from mast3r_sfm.matching.putative import join_putative, network_xy, shown
+from mast3r_sfm.matching.straight import PairLenses
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.types import Bool, Int64, Verdict
 
@@ -64,10 +65,11 @@ def match_hard_pair(
         frames=(shown(first), shown(second)),
     )
     silent = replace(others, is_distinct=np.zeros(len(others.xy_first), np.bool_))
-    edge = check_pair(pair, join_putative([slow, silent]), checker.config, checker.seed)
+    lenses = PairLenses.of(pair, views, checker.lenses)
+    edge = check_pair(pair, lenses.straighten(join_putative([slow, silent])), checker.config, checker.seed)
     if not edge.verdict.is_link or edge.num_inliers >= SURE_INLIERS:
         return edge
-    distinct = others.subset(others.is_distinct)
+    distinct = lenses.straighten(others.subset(others.is_distinct))
     error = sampson_error(edge.fundamental, distinct.xy_first, distinct.xy_second)
     agreeing = int((error < checker.config.max_epipolar_error_px).sum())
     confirmed = agreeing >= max(MIN_AGREEING, MIN_AGREEING_SHARE * len(error))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
 
+from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.matching.calibrated import View, calibrate_pair
 from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.matching.checker import PairChecker
@@ -134,8 +135,20 @@ class Matcher:
             )
             return settle_turns(list(judged), len(rig.camera_of_image))
 
-    def estimate_rig(self, edges: Sequence[EpipolarEdge], records: Sequence[ImageRecord]) -> Rig:
-        """One camera per group of photos: focal length from EXIF, else from the edges; centred, without distortion."""
+    def estimate_rig(
+        self,
+        edges: Sequence[EpipolarEdge],
+        records: Sequence[ImageRecord],
+        given: Mapping[str, Camera] | None = None,
+    ) -> Rig:
+        """One camera per group of photos: focal length from EXIF, else from the edges; centred, without distortion.
+
+        Args:
+            edges: all checked pairs.
+            records: of the photos.
+            given: the cameras that are known, by group; they stay as they are.
+        """
+        given = given or {}
         groups = sorted({record.camera_group for record in records})
         camera_of_image = np.array([groups.index(record.camera_group) for record in records], np.int32)
         sizes = np.array([(record.width_px, record.height_px) for record in records], np.float64)
@@ -144,9 +157,20 @@ class Matcher:
         for camera, record in zip(camera_of_image, records, strict=True):
             if record.exif_focal_px is not None:
                 known[camera] = record.exif_focal_px / max(record.width_px, record.height_px)
-        ratios = estimate_focal_ratios(list(edges), camera_of_image, sizes / scales[:, None], known)
+        centres = sizes / 2
+        for camera, group in enumerate(groups):
+            if group in given:
+                lens = Lens(camera=given[group])
+                known[camera] = lens.focal_px / max(given[group].width_px, given[group].height_px)
+                centres[camera_of_image == camera] = lens.centre_px
+        ratios = estimate_focal_ratios(
+            list(edges), camera_of_image, sizes / scales[:, None], known, centres / scales[:, None]
+        )
         cameras = []
-        for camera, _ in enumerate(groups):
+        for camera, group in enumerate(groups):
+            if group in given:
+                cameras.append(given[group])
+                continue
             width, height = sizes[int(np.flatnonzero(camera_of_image == camera)[0])]
             params = np.array([ratios[camera] * max(width, height), width / 2, height / 2])
             cameras.append(
@@ -163,5 +187,8 @@ class Matcher:
 
 def _view(encoding: Encoding, camera: Camera) -> View:
     scale = encoding.transform.scale
+    if camera.is_given:
+        lens = Lens(camera=camera)
+        return View(focal_px=lens.focal_px / scale, centre_px=lens.centre_px / scale, scale=scale, lens=lens)
     # Stored photo pixels, scaled: see putative.network_xy.
     return View(focal_px=float(camera.params[0]) / scale, centre_px=camera.params[1:3] / scale, scale=scale)

@@ -14,11 +14,19 @@ from mast3r_sfm.config import PAIR_SOURCES, Config, EncodeConfig, PairsConfig, R
 from mast3r_sfm.errors import ConfigError
 
 STAGES = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
+# Some go with another setting only: a source of pairs, or a file.
+DEPENDENT = {
+    ("pairs", "file"),
+    ("known", "intrinsics_mode"),
+    ("known", "intrinsics_of_groups"),
+    ("known", "poses_mode"),
+    ("known", "only_posed"),
+}
 SETTINGS = [
     f"{stage}.{field.name}"
     for stage in STAGES
     for field in dataclasses.fields(get_type_hints(Config)[stage])
-    if (stage, field.name) != ("pairs", "file")  # goes with a source of pairs only
+    if (stage, field.name) not in DEPENDENT
 ]
 
 
