@@ -26,6 +26,7 @@ class Flags:
 
     images: Path | None
     image_path: Path | None
+    mask_path: str | None
     output: Path
     config_file: Path | None
     assignments: tuple[str, ...]
@@ -62,6 +63,7 @@ class Flags:
             "match.resolution": self.resolution,
             "map.camera_model": self.camera_model,
             "match.time_budget_min": self.time_budget,
+            "prepare.mask_path": self.mask_path,
         }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
         if self.single_camera:

@@ -39,6 +39,9 @@ class PrepareConfig:
     """Who shares intrinsics: photos of the same size and EXIF camera; all of one size; of one folder; nobody."""
     max_pixels: int = 512_000_000
     """A photo with more pixels than this is left out: decoding it would exhaust the memory."""
+    mask_path: str = ""
+    """Folder of masks, as COLMAP has them: mask_path/a/b.jpg.png for the photo a/b.jpg, or else a/b.png; where a mask
+    is 0, its photo is not used. Empty: none."""
 
     def __post_init__(self) -> None:
         _require(self.max_pixels > 0, "prepare.max_pixels", self.max_pixels, "must be positive")

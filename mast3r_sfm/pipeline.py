@@ -20,6 +20,7 @@ from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
+from mast3r_sfm.images.masks import Masks, VisibleTokens
 from mast3r_sfm.machine import usable_cpus
 from mast3r_sfm.mapping import stage as map_stage
 from mast3r_sfm.mapping.refinement import Refiner
@@ -51,6 +52,7 @@ from mast3r_sfm.types import (
     RejectedPair,
     Rig,
     RunReport,
+    Usable,
     Verdict,
     ViewGraph,
 )
@@ -167,16 +169,24 @@ class _Run:
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
     rejected_pairs: tuple[RejectedPair, ...] = ()
+    masks: Masks | None = None
+    """Of the photos; None where no photo has one."""
 
     @property
     def threads(self) -> int:
         return self.options.threads or usable_cpus()
+
+    @property
+    def usable(self) -> Usable | None:
+        """Says which photo pixels may be used; None: all."""
+        return None if self.masks is None else self.masks.usable
 
     def find_pairs(self) -> _Paired:
         """The stages up to the pairs that are to be matched."""
         with self.recorder.stage("prepare") as report:
             photos = self.image_set = list_images(self.images, self.config.prepare, self.recorder)
             self.left_out = photos.left_out
+            self.masks = Masks.of(photos, self.config.prepare)
             report.key = fingerprint(self.config.prepare, [dataclasses.asdict(record) for record in photos.records])
             report.counts = {"photos": len(photos) + len(photos.left_out), "usable": len(photos)}
         model = self._load_model(len(photos))
@@ -212,6 +222,7 @@ class _Run:
                 parts=parts,
                 detected=detected,
                 matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
+                usable=self.usable,
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:
@@ -248,7 +259,7 @@ class _Run:
         return cache
 
     def _encode(self, photos: ImageSet, model: ImageModel, report: StageDraft) -> StoredEncodings:
-        encoder = Encoder(model=model, root=photos.root, records=photos.records, threads=self.threads)
+        encoder = Encoder(model=model, root=photos.root, records=photos.records, threads=self.threads, masks=self.masks)
         report.key = encoder.key
         encodings, report.resumed = encoder.encode("encode", self._cache("encode", encoder.key), self.recorder)
         report.counts = {"images": len(photos)}
@@ -258,7 +269,7 @@ class _Run:
         """The SIFT keypoints of some images."""
         model = SiftModel()
         records = [photos.records[image] for image in images]
-        encoder = Encoder(model=model, root=photos.root, records=records, threads=self.threads)
+        encoder = Encoder(model=model, root=photos.root, records=records, threads=self.threads, masks=self.masks)
         encodings, _ = encoder.encode("sift", self._cache("sift", encoder.key), self.recorder)
         return KeypointSource(
             encodings=NumberedEncodings(images, encodings),
@@ -278,7 +289,8 @@ class _Run:
             official=self.retrieval,
         )
         report.key = pairing.key(report.key)
-        chosen, report.resumed = pairing.choose(encodings, self._cache("pairs", report.key), self.recorder)
+        visible = VisibleTokens(encodings, self.usable) if self.usable else encodings
+        chosen, report.resumed = pairing.choose(visible, self._cache("pairs", report.key), self.recorder)
         report.counts = {
             "pairs": len(chosen.graph.pairs),
             **{reason.name.lower(): int((chosen.graph.reason == reason).sum()) for reason in Reason},
@@ -300,6 +312,7 @@ class _Run:
             seed=self.config.seed,
             threads=self.threads,
             fine=self._fine_matcher(photos, model),
+            usable=self.usable,
         )
         matcher = match_stage.Matcher(
             checker=checker,
@@ -347,6 +360,7 @@ class _Run:
             lambda image: decode_photo(photos.root, photos.records[image]),
             self.matching,
             self.config.seed,
+            self.usable,
         )
 
     def _align(self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig) -> tuple[list[AlignmentResult], Rig]:
@@ -373,6 +387,7 @@ class _Run:
             load_grey=lambda image: load_grey(photos.root, photos.records[image]),
             pixel_scale=settings.pixel_scale,
             threads=self.threads,
+            usable=self.usable,
         )
         with torch_threads(1):
             models = map_stage.build_models(

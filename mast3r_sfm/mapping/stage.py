@@ -14,7 +14,7 @@ from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
-from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig
+from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
 CODE_VERSION = 4
 MIN_POINTS = 20
@@ -55,6 +55,8 @@ class MapInput:
     side by side, two pairs hit neighbouring ones by their noise, and the geometry has to tell tracks apart."""
     matched_px: float | None = None
     """Photo pixels per pixel that was matched, where that is not a pixel of matching: in windows at full resolution."""
+    usable: Usable | None = None
+    """Says where keypoints may lie; the matches lie there already. None: everywhere."""
 
 
 def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
@@ -63,7 +65,7 @@ def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None
     sizes = [max(camera.width_px, camera.height_px) for camera in given.rig.cameras]
     is_small = min(sizes) < SMALL_PX * settings.pixel_scale
     radius = KEYPOINT_RADIUS * (given.matched_px or settings.pixel_scale) * (0.5 if is_small else 1.0)
-    keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected)
+    keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected, usable=given.usable)
     content = DatabaseContent(
         names=given.names,
         rig=given.rig,
