@@ -252,6 +252,18 @@ class MapConfig:
         _require(0 < self.min_angle_deg < 90, "map.min_angle_deg", self.min_angle_deg, "must be in (0, 90)")
 
 
+ModelFormat = Literal["binary", "text", "colmap-3.8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is written, and how."""
+
+    format: ModelFormat = "binary"
+    """Of the models: COLMAP's binary or text files, or the three binary files of COLMAP 3.8 and what reads its models:
+    the same cameras, images and points3D, without rigs and frames beside them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings that can change a result."""
@@ -263,6 +275,7 @@ class Config:
     match: MatchConfig = field(default_factory=MatchConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     map: MapConfig = field(default_factory=MapConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2^31)")

@@ -406,7 +406,7 @@ class _Run:
     ) -> None:
         for model in models:
             model.colour(photos.root)
-        self.models = tuple(write_models(models, self.output / "sparse"))
+        self.models = tuple(write_models(models, self.output / "sparse", self.config.export.format))
         models[0].write_ply(self.output / "points.ply")
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(
