@@ -100,7 +100,11 @@ class Flags:
     help="Of matches by a pointmap model: coarse (of what it sees) or fine (of the photo).  [default: fits the device]",
 )
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
-@click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
+@click.option(
+    "--camera-model",
+    metavar="NAME",
+    help="COLMAP's camera model of the result, such as OPENCV or OPENCV_FISHEYE.  [default: SIMPLE_RADIAL]",
+)
 @click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")
 @click.option(
     "--format",

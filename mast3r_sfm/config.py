@@ -232,8 +232,18 @@ class AlignConfig:
 class MapConfig:
     """Triangulation and bundle adjustment."""
 
-    camera_model: Literal["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"] = "SIMPLE_RADIAL"
-    """COLMAP's camera model of the result."""
+    camera_model: Literal[
+        "SIMPLE_PINHOLE",
+        "PINHOLE",
+        "SIMPLE_RADIAL",
+        "RADIAL",
+        "OPENCV",
+        "SIMPLE_RADIAL_FISHEYE",
+        "RADIAL_FISHEYE",
+        "OPENCV_FISHEYE",
+    ] = "SIMPLE_RADIAL"
+    """COLMAP's camera model of the result; those of fisheyes are for fisheye lenses of up to about 100°: pairs are
+    checked as those of a pinhole camera."""
     max_reprojection_error_px: float = 4.0
     """Observations farther than this from their point's projection are dropped, at the resolution of matching."""
     min_angle_deg: float = 1.5

@@ -88,7 +88,7 @@ class Mapper:
         self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
         for number, camera in reconstruction.cameras.items():
             if camera.model != self._cache.camera(number).model:
-                _change_model(camera, "SIMPLE_PINHOLE")
+                _change_model(camera, self._without_distortion)
         options, bundle = _mapper_options(self._settings), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
@@ -131,7 +131,12 @@ class Mapper:
             camera = self._cache.camera(number)
             camera.model, camera.params = model, params
             if taken[number] < MIN_IMAGES:
-                _change_model(camera, "SIMPLE_PINHOLE")
+                _change_model(camera, self._without_distortion)
+
+    @property
+    def _without_distortion(self) -> str:
+        """The model of a camera whose distortion is held, near to that which was asked for."""
+        return "SIMPLE_FISHEYE" if self._settings.config.camera_model.endswith("FISHEYE") else "SIMPLE_PINHOLE"
 
     def _settle_principal_points(
         self,

@@ -47,7 +47,7 @@ def test_undistorted_they_open_in_gaussian_splatting(undistorted: Path, finished
     assert 0.02 < np.median(np.concatenate(errors)) < 0.6
 
 
-@pytest.mark.parametrize("model", ["SIMPLE_PINHOLE", "PINHOLE", "RADIAL", "OPENCV"])
+@pytest.mark.parametrize("model", ["SIMPLE_PINHOLE", "PINHOLE", "RADIAL", "OPENCV", "OPENCV_FISHEYE"])
 def test_every_camera_model_opens(
     model: str, finished_run: Any, photo_folder: Path, tmp_path: Path, run_here: Command
 ) -> None:
