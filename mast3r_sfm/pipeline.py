@@ -13,7 +13,7 @@ from pathlib import Path
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.colmap.mapper import MapperSettings
-from mast3r_sfm.colmap.model import ColmapModel, write_models
+from mast3r_sfm.colmap.model import SPACES_IN_TEXT, ColmapModel, write_models
 from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.encoding import Encoder, torch_threads
@@ -407,6 +407,8 @@ class _Run:
         for model in models:
             model.colour(photos.root)
         self.models = tuple(write_models(models, self.output / "sparse", self.config.export.format))
+        if self.config.export.format == "text" and any(" " in name for name in photos.names):
+            self.recorder.warn(SPACES_IN_TEXT)
         models[0].write_ply(self.output / "points.ply")
         registered = {name for model in self.models for name in model.images}
         self.left_out += tuple(

@@ -14,7 +14,10 @@ from scipy.sparse.csgraph import connected_components
 
 from mast3r_sfm.config import ModelFormat
 from mast3r_sfm.errors import InputError
+from mast3r_sfm.geometry.similarity import Similarity
 from mast3r_sfm.types import Bool, Camera, Float64, ModelSummary, Tracks
+
+SPACES_IN_TEXT = "names of photos have spaces, which COLMAP does not understand in text models; write binary ones"
 
 
 class ColmapModel:
@@ -179,6 +182,13 @@ class ColmapModel:
             # A point that keeps a single observation goes, and its observations with it.
             if changed.exists_point3D(numbers[tracks.point[row]]):
                 changed.delete_observation(int(tracks.image[row]) + 1, int(tracks.keypoint[row]))
+        return ColmapModel(changed)
+
+    def transformed(self, similarity: Similarity) -> ColmapModel:
+        """A copy in another world, to which the similarity leads from this one."""
+        changed = pycolmap.Reconstruction(self._reconstruction)
+        rotation = pycolmap.Rotation3d(similarity.rotation)
+        changed.transform(pycolmap.Sim3d(similarity.scale, rotation, similarity.translation))
         return ColmapModel(changed)
 
     def _registered(self) -> list[pycolmap.Image]:

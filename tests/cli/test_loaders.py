@@ -78,6 +78,11 @@ def test_photos_in_folders_are_found_by_their_names(example: Path, tmp_path: Pat
     stored = read_stored(tmp_path / "out" / "sparse" / "0")
     assert {image.name.rpartition("/")[0] for image in stored.images.values()} == {"first day", "ändern/b"}
     assert list(broken(stored, photos, ANY_LENS)) == []
+    result = run_here(
+        "reconstruct", photos, "-o", tmp_path / "out", "--threads", 2, "--set", "map.refine=false", "--format", "text"
+    )
+    assert result.code == 0
+    assert "have spaces, which COLMAP does not understand in text" in result.err
 
 
 def with_image(model: StoredModel, **values: Any) -> StoredModel:
