@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from mast3r_sfm.config import ExportConfig, ModelFormat
 from mast3r_sfm.errors import ConfigError, InputError
@@ -17,7 +18,6 @@ from mast3r_sfm_cli.config import read_config
 if TYPE_CHECKING:
     from mast3r_sfm.geometry.geodesy import LocalFrame
     from mast3r_sfm.georegistration import Placement, Reference
-    from mast3r_sfm.types import Float64
 
 _LISTED = 10
 _REPORT = "align.json"
@@ -103,87 +103,49 @@ def _only_model(path: Path) -> Path:
 def _read_positions(path: Path, names: tuple[str, ...]) -> Reference:
     """Known positions: of the scene that shares most images with the model, where a file holds several."""
     from mast3r_sfm.geometry.rigid import camera_centre
-    from mast3r_sfm.georegistration import Reference
+    from mast3r_sfm.georegistration import Reference, read_position_list
 
     if not path.is_dir() and path.suffix.lower() != ".json":
-        return Reference(positions=_read_list(path))
+        return Reference(positions=read_position_list(path))
     truth = read_truth(path)
     scenes = truth.names_by_scene.values()
     shared = max(scenes, key=lambda scene: len(set(scene) & set(names)))
     return Reference(positions={name: camera_centre(truth.cam_from_world[name]) for name in shared})
 
 
-def _read_list(path: Path) -> dict[str, Float64]:
-    """Lines of a name, which may have spaces, and three numbers; empty lines and those with # are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise InputError(f"cannot read the positions {path}: {reason}") from error
-    found: dict[str, Float64] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        name, *values = text.rsplit(maxsplit=3)
-        try:
-            position = np.array([float(value) for value in values])
-        except ValueError:
-            position = np.zeros(0)
-        if position.shape != (3,) or not np.isfinite(position).all():
-            raise InputError(f"{path}, line {number}: write a name and x y z, not {text[:80]!r}")
-        if name in found:
-            raise InputError(f"{path}, line {number}: {name} stands there twice")
-        found[name] = position
-    return found
-
-
 def _report(placement: Placement, reference: Reference, num_images: int) -> dict[str, Any]:
     similarity, frame = placement.similarity, reference.frame
-    agreeing = placement.distances[placement.inliers]
     return {
         "images": num_images,
         "compared": len(placement.names),
-        "agreeing": len(agreeing),
+        "agreeing": len(placement.names) - len(placement.disagreeing),
         "unit": "m" if frame else "",
-        "median_error": float(np.median(placement.distances)),
-        "max_error_of_agreeing": float(agreeing.max()),
+        "median_error": placement.median_error,
+        "max_error_of_agreeing": placement.max_error_of_agreeing,
         "max_error": float(placement.distances.max()),
         "errors": dict(zip(placement.names, placement.distances.tolist(), strict=True)),
-        "disagreeing": [name for name, fits in zip(placement.names, placement.inliers, strict=True) if not fits],
-        "tilt_deg": placement.tilt_deg if np.isfinite(placement.tilt_deg) else None,
+        "disagreeing": list(placement.disagreeing),
+        "tilt_deg": placement.tilt_deg if math.isfinite(placement.tilt_deg) else None,
         "levelled_by_cameras": placement.is_levelled,
         "scale": similarity.scale,
         "rotation": similarity.rotation.tolist(),
         "translation": similarity.translation.tolist(),
-        "origin": None
-        if frame is None
-        else {
-            "latitude_deg": frame.latitude_deg,
-            "longitude_deg": frame.longitude_deg,
-            "altitude_m": frame.altitude_m,
-            "axes": "east, north, up",
-        },
+        "origin": None if frame is None else {**dataclasses.asdict(frame), "axes": "east, north, up"},
         "notes": list(reference.notes),
     }
 
 
 def _describe(placement: Placement, reference: Reference, out: Path) -> str:
-    frame = reference.frame
-    agreeing, count = placement.distances[placement.inliers], len(placement.names)
+    frame, wrong, count = reference.frame, placement.disagreeing, len(placement.names)
     lines = [
-        f"{len(agreeing)} of {count} known positions agree with the model",
-        f"  median error {_length(float(np.median(placement.distances)), frame)} over all; of those that agree at most "
-        f"{_length(float(agreeing.max()), frame)}",
+        f"{count - len(wrong)} of {count} known positions agree with the model",
+        f"  median error {_length(placement.median_error, frame)} over all; of those that agree at most "
+        f"{_length(placement.max_error_of_agreeing, frame)}",
     ]
-    wrong = sorted(
-        (-distance, name)
-        for name, distance, fits in zip(placement.names, placement.distances, placement.inliers, strict=True)
-        if not fits
-    )
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-        lines.append("  off: " + ", ".join(f"{name} by {_length(-d, frame)}" for d, name in wrong[:_LISTED]) + more)
+        worst = [f"{name} by {_length(distance, frame)}" for name, distance in list(wrong.items())[:_LISTED]]
+        lines.append("  off: " + ", ".join(worst) + more)
     lines += [f"note: {note}" for note in reference.notes]
     if placement.is_levelled:
         lines.append("note: the positions lie nearly on one line; which way is up was taken from how the cameras stand")

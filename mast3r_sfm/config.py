@@ -228,20 +228,23 @@ class AlignConfig:
         )
 
 
+CameraModel = Literal[
+    "SIMPLE_PINHOLE",
+    "PINHOLE",
+    "SIMPLE_RADIAL",
+    "RADIAL",
+    "OPENCV",
+    "SIMPLE_RADIAL_FISHEYE",
+    "RADIAL_FISHEYE",
+    "OPENCV_FISHEYE",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MapConfig:
     """Triangulation and bundle adjustment."""
 
-    camera_model: Literal[
-        "SIMPLE_PINHOLE",
-        "PINHOLE",
-        "SIMPLE_RADIAL",
-        "RADIAL",
-        "OPENCV",
-        "SIMPLE_RADIAL_FISHEYE",
-        "RADIAL_FISHEYE",
-        "OPENCV_FISHEYE",
-    ] = "SIMPLE_RADIAL"
+    camera_model: CameraModel = "SIMPLE_RADIAL"
     """COLMAP's camera model of the result; those of fisheyes are for fisheye lenses of up to about 100°: pairs are
     checked as those of a pinhole camera."""
     max_reprojection_error_px: float = 4.0

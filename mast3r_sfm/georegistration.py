@@ -57,6 +57,22 @@ class Placement:
     is_levelled: bool
     """Positions do not tell that rotation, and it was found from how the cameras were held."""
 
+    @property
+    def median_error(self) -> float:
+        """Of all images compared."""
+        return float(np.median(self.distances))
+
+    @property
+    def max_error_of_agreeing(self) -> float:
+        """Of the inliers."""
+        return float(self.distances[self.inliers].max())
+
+    @property
+    def disagreeing(self) -> dict[str, float]:
+        """How far the images lie from positions that do not fit, the farthest first."""
+        order = np.argsort(-self.distances, kind="stable")
+        return {self.names[row]: float(self.distances[row]) for row in order.tolist() if not self.inliers[row]}
+
 
 def gps_reference(names: Sequence[str], photos: Path) -> Reference:
     """Where the photos `names` below the folder `photos` were taken, in metres around their middle.
@@ -207,3 +223,32 @@ def _levelled(similarity: Similarity, source: Float64, target: Float64, up: Floa
         rotation=rotation,
         translation=middle - similarity.scale * rotation @ source.mean(axis=0),
     )
+
+
+def read_position_list(path: Path) -> dict[str, Float64]:
+    """Positions [3] by name from lines of a name, which may have spaces, and x y z; lines with # are passed over.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no position or the second one of its name.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise InputError(f"cannot read the positions {path}: {reason}") from error
+    found: dict[str, Float64] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        name, *values = text.rsplit(maxsplit=3)
+        try:
+            position = np.array([float(value) for value in values])
+        except ValueError:
+            position = np.zeros(0)
+        if position.shape != (3,) or not np.isfinite(position).all():
+            raise InputError(f"{path}, line {number}: write a name and x y z, not {text[:80]!r}")
+        if name in found:
+            raise InputError(f"{path}, line {number}: {name} stands there twice")
+        found[name] = position
+    return found

@@ -16,7 +16,7 @@ import mast3r_sfm
 from mast3r_sfm.errors import DivergedError, InputError, ReconstructionError, WeightsError
 from mast3r_sfm_cli.main import cli, main, run
 
-COMMANDS = [["reconstruct"], ["pairs"], ["compare"], ["doctor"], ["config"], ["config", "show"], ["weights"]]
+COMMANDS = [["reconstruct"], ["pairs"], ["compare"], ["align"], ["doctor"], ["config"], ["config", "show"], ["weights"]]
 
 
 def replace_pipeline(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
@@ -26,7 +26,9 @@ def replace_pipeline(monkeypatch: pytest.MonkeyPatch, function: Callable[..., An
 def test_help_and_version_as_a_process(run_command: Callable[..., Any]) -> None:
     result = run_command("--help")
     assert result.code == 0
-    assert all(name in result.out for name in ("reconstruct", "pairs", "compare", "doctor", "config", "weights"))
+    assert all(
+        name in result.out for name in ("reconstruct", "pairs", "compare", "align", "doctor", "config", "weights")
+    )
     assert run_command("--version").out.split() == ["mast3r-sfm,", "version", mast3r_sfm.__version__]
 
 
@@ -45,7 +47,7 @@ def test_all_commands_are_tested() -> None:
 def test_help_waits_for_no_heavy_library() -> None:
     program = (
         "import sys; from mast3r_sfm_cli.main import run\n"
-        "for command in ([], ['reconstruct'], ['pairs'], ['compare'], ['doctor'], ['config', 'show'], ['weights']):\n"
+        "for command in ([], ['reconstruct'], ['pairs'], ['compare'], ['align'], ['doctor'], ['config', 'show'], ['weights']):\n"
         "    run([*command, '--help'])\n"
         "heavy = {'torch', 'numpy', 'scipy', 'pycolmap', 'faiss', 'PIL', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
