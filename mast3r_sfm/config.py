@@ -245,8 +245,8 @@ class MapConfig:
     """Triangulation and bundle adjustment."""
 
     camera_model: CameraModel = "SIMPLE_RADIAL"
-    """COLMAP's camera model of the result; those of fisheyes are for fisheye lenses of up to about 100°: pairs are
-    checked as those of a pinhole camera."""
+    """COLMAP's camera model of the result. Those of fisheyes are for photos of such lenses alone; until the mapper
+    knows better, their pairs are checked as those of a pinhole camera, which loses some of the matches."""
     max_reprojection_error_px: float = 4.0
     """Observations farther than this from their point's projection are dropped, at the resolution of matching."""
     min_angle_deg: float = 1.5

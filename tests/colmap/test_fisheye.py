@@ -149,10 +149,13 @@ def test_the_map_stage_goes_through(tmp_path: Path, own_cameras: bool) -> None:
         np.testing.assert_allclose([camera.params[0] for camera in model.cameras.values()], 367, rtol=0.01)
 
 
-@pytest.mark.parametrize("exif_focal_px", [367.0, None])
-def test_from_matches_to_the_lens(tmp_path: Path, exif_focal_px: float | None) -> None:
+@pytest.mark.parametrize(("across_deg", "is_known"), [(100, True), (100, False), (140, False)])
+def test_from_matches_to_the_lens(across_deg: int, is_known: bool, tmp_path: Path) -> None:
     """The two-view check takes fisheyes for pinholes and loses a part of the matches; what is left is enough."""
-    scene = gallery(0.0)
+    focal_px = WIDTH_PX / np.radians(across_deg)
+    around = np.random.default_rng(0).uniform([-25, -15, 1], [25, 15, 9], (1500, 3))
+    scene = replace(gallery(0.0), focal_px=focal_px)
+    scene = replace(scene, points=np.concatenate([scene.points, around]))
     model = Describer(scene)
     checker = PairChecker(
         model=model, encodings=model.encodings(), config=MatchConfig(features="model"), seed=0, threads=2
@@ -160,7 +163,13 @@ def test_from_matches_to_the_lens(tmp_path: Path, exif_focal_px: float | None) -
     matcher = Matcher(checker=checker, num_images=NUMBER, detect_sift=no_sift)
     edges, _ = matcher.check_graph(all_pairs(NUMBER), StageCache(tmp_path, "match", "key", Listener()), Listener())
     records = [
-        ImageRecord(name=f"{n}.jpg", width_px=WIDTH_PX, height_px=HEIGHT_PX, sha256="", exif_focal_px=exif_focal_px)
+        ImageRecord(
+            name=f"{n}.jpg",
+            width_px=WIDTH_PX,
+            height_px=HEIGHT_PX,
+            sha256="",
+            exif_focal_px=focal_px if is_known else None,
+        )
         for n in range(NUMBER)
     ]
     rig = matcher.estimate_rig(edges, records)
@@ -176,5 +185,5 @@ def test_from_matches_to_the_lens(tmp_path: Path, exif_focal_px: float | None) -
     write_matches(tmp_path / "database.db", given, settings)
     (found,) = build_models(tmp_path / "database.db", given, settings, SilentProgress())
     assert pose_errors(found, scene).max() < 0.1
-    degrees = np.array([10.0, 30.0, 50.0])
-    np.testing.assert_allclose(radii(found, degrees), 367 * np.radians(degrees), atol=0.5)
+    degrees = across_deg / 2 * np.array([0.2, 0.6, 1.0])
+    np.testing.assert_allclose(radii(found, degrees), focal_px * np.radians(degrees), atol=0.5)
