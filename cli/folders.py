@@ -18,6 +18,11 @@ _ARGUMENTS = [
     click.argument("images", required=False, type=click.Path(path_type=Path)),
     click.option("--image-path", metavar="IMAGES", type=click.Path(path_type=Path), help="The same as IMAGES."),
     click.option(
+        "--mask-path",
+        metavar="DIR",
+        help="Masks of the photos, as COLMAP has them: DIR/a/b.jpg.png for a/b.jpg; 0 = ignore.",
+    ),
+    click.option(
         "-o",
         "--output",
         "--output-path",
@@ -30,7 +35,7 @@ _ARGUMENTS = [
 
 
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add IMAGES, --image-path and --output to a command."""
+    """Add IMAGES, --image-path, --mask-path and --output to a command."""
     for argument in reversed(_ARGUMENTS):
         command = argument(command)
     return command

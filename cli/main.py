@@ -16,6 +16,7 @@ import click
 
 from mast3r_sfm import __version__
 from mast3r_sfm.errors import Mast3rSfmError
+from mast3r_sfm_cli.align import align
 from mast3r_sfm_cli.compare import compare
 from mast3r_sfm_cli.config import config
 from mast3r_sfm_cli.doctor import doctor
@@ -33,7 +34,7 @@ def cli() -> None:
     """Structure from motion: a folder of photos becomes a COLMAP model."""
 
 
-for _command in (reconstruct, triangulate, register, pairs, compare, doctor, config, weights):
+for _command in (reconstruct, triangulate, register, pairs, align, compare, doctor, config, weights):
     cli.add_command(_command)
 
 

@@ -100,7 +100,7 @@ def _run(flags: Mapping[str, Any]) -> int:
 
 
 def _assignments(flags: Mapping[str, Any]) -> Sequence[str]:
-    own = {"encode.model": flags["model"], "seed": flags["seed"]}
+    own = {"encode.model": flags["model"], "seed": flags["seed"], "prepare.mask_path": flags["mask_path"]}
     given = [f"{name}={value}" for name, value in own.items() if value is not None]
     return [*flags["assignments"], *given, *pairs_assignments(flags), *known_assignments(flags)]
 

@@ -27,6 +27,7 @@ class Flags:
 
     images: Path | None
     image_path: Path | None
+    mask_path: str | None
     output: Path
     config_file: Path | None
     assignments: tuple[str, ...]
@@ -35,6 +36,7 @@ class Flags:
     features: str | None
     resolution: str | None
     camera_model: str | None
+    file_format: str | None
     pairs_source: str | None
     pairs_file: str | None
     keyframes: int | None
@@ -71,6 +73,8 @@ class Flags:
             "match.time_budget_min": self.time_budget,
             "map.mapper": self.mapper,
             "prepare.cameras": self.cameras,
+            "prepare.mask_path": self.mask_path,
+            "export.format": self.file_format,
         }
         own = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
         if self.single_camera and self.cameras is None:
@@ -105,7 +109,11 @@ class Flags:
     help="Of matches by a pointmap model: coarse (of what it sees) or fine (of the photo).  [default: fits the device]",
 )
 @click.option("--seed", type=int, help="The same seed gives the same result.  [default: 0]")
-@click.option("--camera-model", metavar="NAME", help="COLMAP's camera model of the result.  [default: SIMPLE_RADIAL]")
+@click.option(
+    "--camera-model",
+    metavar="NAME",
+    help="COLMAP's camera model of the result, such as OPENCV or OPENCV_FISHEYE.  [default: SIMPLE_RADIAL]",
+)
 @click.option(
     "--mapper",
     metavar="NAME",
@@ -114,6 +122,12 @@ class Flags:
 @click.option("--single-camera", is_flag=True, help="All photos of one size were taken with one camera and lens.")
 @cameras_option
 @known_options
+@click.option(
+    "--format",
+    "file_format",
+    metavar="NAME",
+    help="Of the models: binary, text, or colmap-3.8, for older readers.  [default: binary]",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @click.option("--dtype", metavar="TYPE", help="Of a decoder: float32, float16 or bfloat16.  [default: fits the device]")
 @click.option("--tf32", is_flag=True, help="Let CUDA round float32 products: several times faster.")

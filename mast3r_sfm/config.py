@@ -39,6 +39,9 @@ class PrepareConfig:
     """Who shares intrinsics: photos of the same size and EXIF camera; all of one size; of one folder; nobody."""
     max_pixels: int = 512_000_000
     """A photo with more pixels than this is left out: decoding it would exhaust the memory."""
+    mask_path: str = ""
+    """Folder of masks, as COLMAP has them: mask_path/a/b.jpg.png for the photo a/b.jpg, or else a/b.png; where a mask
+    is 0, its photo is not used. Empty: none."""
 
     def __post_init__(self) -> None:
         _require(self.max_pixels > 0, "prepare.max_pixels", self.max_pixels, "must be positive")
@@ -225,12 +228,25 @@ class AlignConfig:
         )
 
 
+CameraModel = Literal[
+    "SIMPLE_PINHOLE",
+    "PINHOLE",
+    "SIMPLE_RADIAL",
+    "RADIAL",
+    "OPENCV",
+    "SIMPLE_RADIAL_FISHEYE",
+    "RADIAL_FISHEYE",
+    "OPENCV_FISHEYE",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MapConfig:
     """Triangulation and bundle adjustment."""
 
-    camera_model: Literal["SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"] = "SIMPLE_RADIAL"
-    """COLMAP's camera model of the result."""
+    camera_model: CameraModel = "SIMPLE_RADIAL"
+    """COLMAP's camera model of the result. Those of fisheyes are for photos of such lenses alone; until the mapper
+    knows better, their pairs are checked as those of a pinhole camera, which loses some of the matches."""
     max_reprojection_error_px: float = 4.0
     """Observations farther than this from their point's projection are dropped, at the resolution of matching."""
     min_angle_deg: float = 1.5
@@ -249,6 +265,18 @@ class MapConfig:
             "must be > 0",
         )
         _require(0 < self.min_angle_deg < 90, "map.min_angle_deg", self.min_angle_deg, "must be in (0, 90)")
+
+
+ModelFormat = Literal["binary", "text", "colmap-3.8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is written, and how."""
+
+    format: ModelFormat = "binary"
+    """Of the models: COLMAP's binary or text files, or the three binary files of COLMAP 3.8 and what reads its models:
+    the same cameras, images and points3D, without rigs and frames beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +324,7 @@ class Config:
     align: AlignConfig = field(default_factory=AlignConfig)
     map: MapConfig = field(default_factory=MapConfig)
     known: KnownConfig = field(default_factory=KnownConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2^31)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from mast3r_sfm.config import fingerprint
 from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.images.masks import Masks
 from mast3r_sfm.models.base import ImageModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
@@ -30,11 +31,16 @@ class Encoder:
     root: Path
     records: Sequence[ImageRecord]
     threads: int
+    masks: Masks | None = None
+    """Of the photos; None: all of every photo may be used."""
 
     @property
     def key(self) -> str:
-        """Of what the photos hold and how they are encoded."""
-        contents = [(record.name, record.sha256, record.orientation) for record in self.records]
+        """Of what the photos and their masks hold and how they are encoded."""
+        contents = [
+            (record.name, record.sha256, record.orientation, *filter(None, [record.mask_sha256]))
+            for record in self.records
+        ]
         return fingerprint("encode", CODE_VERSION, self.model.fingerprint, self.model.preparation, contents)
 
     def encode(self, stage: str, cache: StageCache, progress: Progress) -> tuple[StoredEncodings, int]:
@@ -72,7 +78,8 @@ class Encoder:
             yield self.model.encode(some)
 
     def _load(self, record: ImageRecord) -> LoadedImage:
-        return load_image(self.root, record, self.model.preparation)
+        loaded = load_image(self.root, record, self.model.preparation)
+        return loaded if self.masks is None else replace(loaded, mask=self.masks.read(record))
 
 
 @contextmanager

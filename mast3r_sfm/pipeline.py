@@ -15,7 +15,7 @@ from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.alignment.known import judge_pairs, report_contradictions
 from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.colmap.mapper import MapperSettings
-from mast3r_sfm.colmap.model import ColmapModel, write_models
+from mast3r_sfm.colmap.model import SPACES_IN_TEXT, ColmapModel, write_models
 from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.encoding import Encoder, torch_threads
@@ -23,6 +23,7 @@ from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
 from mast3r_sfm.held import summarise_images
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
+from mast3r_sfm.images.masks import Masks, VisibleTokens
 from mast3r_sfm.known import Known, known_keys, resolve_known
 from mast3r_sfm.machine import usable_cpus
 from mast3r_sfm.mapping import stage as map_stage
@@ -52,6 +53,7 @@ from mast3r_sfm.types import (
     PairMatches,
     Reason,
     Rig,
+    Usable,
     Verdict,
     ViewGraph,
 )
@@ -169,10 +171,17 @@ class _Run:
     left_out: tuple[LeftOut, ...] = ()
     models: tuple[ModelSummary, ...] = ()
     rejected_pairs: tuple[RejectedPair, ...] = ()
+    masks: Masks | None = None
+    """Of the photos; None where no photo has one."""
 
     @property
     def threads(self) -> int:
         return self.options.threads or usable_cpus()
+
+    @property
+    def usable(self) -> Usable | None:
+        """Says which photo pixels may be used; None: all."""
+        return None if self.masks is None else self.masks.usable
 
     def find_pairs(self) -> _Paired:
         """The stages up to the pairs that are to be matched."""
@@ -181,6 +190,7 @@ class _Run:
             self.known = resolve_known(self.config.known, self.image_set, self.recorder)
             photos = self.image_set = self.known.photos
             self.left_out = photos.left_out
+            self.masks = Masks.of(photos, self.config.prepare)
             report.key = fingerprint(self.config.prepare, [dataclasses.asdict(record) for record in photos.records])
             report.counts = {"photos": len(photos) + len(photos.left_out), "usable": len(photos)}
         model = self._load_model(len(photos))
@@ -217,6 +227,7 @@ class _Run:
                 detected=detected,
                 matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
                 known=paired.known.poses,
+                usable=self.usable,
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:
@@ -253,7 +264,7 @@ class _Run:
         return cache
 
     def _encode(self, photos: ImageSet, model: ImageModel, report: StageDraft) -> StoredEncodings:
-        encoder = Encoder(model=model, root=photos.root, records=photos.records, threads=self.threads)
+        encoder = Encoder(model=model, root=photos.root, records=photos.records, threads=self.threads, masks=self.masks)
         report.key = encoder.key
         encodings, report.resumed = encoder.encode("encode", self._cache("encode", encoder.key), self.recorder)
         report.counts = {"images": len(photos)}
@@ -263,7 +274,7 @@ class _Run:
         """The SIFT keypoints of some images."""
         model = SiftModel()
         records = [photos.records[image] for image in images]
-        encoder = Encoder(model=model, root=photos.root, records=records, threads=self.threads)
+        encoder = Encoder(model=model, root=photos.root, records=records, threads=self.threads, masks=self.masks)
         encodings, _ = encoder.encode("sift", self._cache("sift", encoder.key), self.recorder)
         return KeypointSource(
             encodings=NumberedEncodings(images, encodings),
@@ -283,7 +294,8 @@ class _Run:
             official=self.retrieval,
         )
         report.key = pairing.key(report.key)
-        chosen, report.resumed = pairing.choose(encodings, self._cache("pairs", report.key), self.recorder)
+        visible = VisibleTokens(encodings, self.usable) if self.usable else encodings
+        chosen, report.resumed = pairing.choose(visible, self._cache("pairs", report.key), self.recorder)
         report.counts = {
             "pairs": len(chosen.graph.pairs),
             **{reason.name.lower(): int((chosen.graph.reason == reason).sum()) for reason in Reason},
@@ -312,6 +324,7 @@ class _Run:
                 for image, record in enumerate(photos.records)
                 if record.camera_group in given
             },
+            usable=self.usable,
         )
         matcher = match_stage.Matcher(
             checker=checker,
@@ -359,6 +372,7 @@ class _Run:
             lambda image: decode_photo(photos.root, photos.records[image]),
             self.matching,
             self.config.seed,
+            self.usable,
         )
 
     def _align(
@@ -393,6 +407,7 @@ class _Run:
             load_grey=lambda image: load_grey(photos.root, photos.records[image]),
             pixel_scale=settings.pixel_scale,
             threads=self.threads,
+            usable=self.usable,
         )
         with torch_threads(1):
             models = map_stage.build_models(
@@ -416,14 +431,17 @@ class _Run:
     ) -> None:
         for model in models:
             model.colour(photos.root)
+        written = write_models(models, self.output / "sparse", self.config.export.format)
         self.models = tuple(
             dataclasses.replace(
                 summary,
                 mapper=self.config.map.mapper,
                 per_image=summarise_images(model, parts, photos.names),
             )
-            for summary, model in zip(write_models(models, self.output / "sparse"), models, strict=True)
+            for summary, model in zip(written, models, strict=True)
         )
+        if self.config.export.format == "text" and any(" " in name for name in photos.names):
+            self.recorder.warn(SPACES_IN_TEXT)
         models[0].write_ply(self.output / "points.ply")
         if self.known is not None and (said := self.known.describe(self.models[0].images)):
             self.recorder.note(said)

@@ -54,6 +54,8 @@ class ImageRecord:
     """Photos with the same text share intrinsics."""
     mask: str | None = None
     """POSIX path of the mask relative to the mask root, 0 = ignore."""
+    mask_sha256: str = ""
+    """Of the mask's file."""
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.name)
@@ -148,6 +150,35 @@ class Preparation:
             raise ShapeError("Preparation: square_ok and square_crop are for models with patches, set patch_px too")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PixelMask:
+    """Which pixels of a photo may be used; a bit each, so that many fit into memory."""
+
+    bits: NDArray[np.uint8]
+    """[H, ⌈W / 8⌉] of the stored photo, as numpy.packbits has them; 1: may be used."""
+    width_px: int
+
+    def __post_init__(self) -> None:
+        _check(self.bits, (None, -(-self.width_px // 8)), "PixelMask.bits")
+
+    @classmethod
+    def of(cls, usable: Bool) -> PixelMask:
+        """From an array [H, W] that is true where the photo may be used."""
+        return cls(bits=np.packbits(usable, axis=1), width_px=usable.shape[1])
+
+    def allows(self, xy: Float64) -> Bool:
+        """Whether photo pixels [M, 2] may be used; what lies outside of the photo goes with its border."""
+        # In float32, as database.db has keypoints: rounding may take one over the edge of a pixel.
+        column, row = np.floor(xy.astype(np.float32)).astype(np.int64).reshape(-1, 2).T
+        column, row = column.clip(0, self.width_px - 1), row.clip(0, len(self.bits) - 1)
+        bit = (self.bits[row, column >> 3] >> (7 - (column & 7)).astype(np.uint8)) & 1
+        return np.asarray(bit, np.bool_)
+
+
+Usable = Callable[[int, Float64], Bool]
+"""Whether photo pixels [M, 2] of the image of that number may be used [M]: its mask does not hide them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage:
     """Pixels ready for a network, upright, and the way back to the photo."""
@@ -156,6 +187,8 @@ class LoadedImage:
     pixels: NDArray[np.uint8]
     """[H, W, 3] sRGB, EXIF orientation applied, resized and cropped."""
     transform: PixelTransform
+    mask: PixelMask | None = None
+    """Of the stored photo: a model finds no keypoint where it says so. None: all of it may be used."""
 
     def __post_init__(self) -> None:
         _check(self.pixels, (None, None, 3), f"{self.record.name}: pixels")

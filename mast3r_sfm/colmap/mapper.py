@@ -106,7 +106,7 @@ class Mapper:
         self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
         for number, camera in reconstruction.cameras.items():
             if camera.model != self._cache.camera(number).model:
-                _change_model(camera, "SIMPLE_PINHOLE")
+                _change_model(camera, self._without_distortion)
         options, bundle = self._mapper_options(), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
@@ -153,7 +153,12 @@ class Mapper:
             camera = self._cache.camera(number)
             camera.model, camera.params = model, params
             if taken[number] < MIN_IMAGES and number not in self._held.given_cameras:
-                _change_model(camera, "SIMPLE_PINHOLE")
+                _change_model(camera, self._without_distortion)
+
+    @property
+    def _without_distortion(self) -> str:
+        """The model of a camera whose distortion is held, near to that which was asked for."""
+        return "SIMPLE_FISHEYE" if self._settings.config.camera_model.endswith("FISHEYE") else "SIMPLE_PINHOLE"
 
     def _settle_principal_points(
         self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool

@@ -12,10 +12,13 @@ import pycolmap
 import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
+from mast3r_sfm.config import ModelFormat
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.geometry.similarity import Similarity
 from mast3r_sfm.summaries import ModelSummary
 from mast3r_sfm.types import Bool, Camera, Float64, Tracks
+
+SPACES_IN_TEXT = "names of photos have spaces, which COLMAP does not understand in text models; write binary ones"
 
 
 class ColmapModel:
@@ -224,12 +227,19 @@ class ColmapModel:
         """Give every point the mean colour of its observations in the photos under `images`."""
         self._reconstruction.extract_colors_for_all_images(str(images))
 
-    def write(self, folder: Path) -> None:
-        """Write cameras, images, points3D, rigs and frames in COLMAP's binary format; replaces what stood there."""
+    def write(self, folder: Path, file_format: ModelFormat = "binary") -> None:
+        """Write cameras, images, points3D, and rigs and frames where the format has them; replaces what stood there."""
         unfinished = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        self._reconstruction.write_binary(str(unfinished))
+        if file_format == "text":
+            self._reconstruction.write_text(str(unfinished))
+        else:
+            self._reconstruction.write_binary(str(unfinished))
+        if file_format == "colmap-3.8":
+            # The other three files have not changed since then.
+            for name in ("rigs.bin", "frames.bin"):
+                (unfinished / name).unlink()
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 
@@ -278,10 +288,12 @@ def _check_count(path: Path, smallest: int) -> None:
         raise InputError(f"the COLMAP model in {path.parent} is broken: {path.name} is cut off or no such file")
 
 
-def write_models(models: Sequence[ColmapModel], sparse: Path) -> list[ModelSummary]:
+def write_models(
+    models: Sequence[ColmapModel], sparse: Path, file_format: ModelFormat = "binary"
+) -> list[ModelSummary]:
     """Write models as sparse/0, sparse/1, …, and remove models of an earlier run that stand there beyond them."""
     for number, model in enumerate(models):
-        model.write(sparse / str(number))
+        model.write(sparse / str(number), file_format)
     for folder in sparse.iterdir() if sparse.is_dir() else ():
         if folder.is_dir() and folder.name.isdigit() and int(folder.name) >= len(models):
             shutil.rmtree(folder)

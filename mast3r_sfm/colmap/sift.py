@@ -12,6 +12,7 @@ from PIL import Image
 from mast3r_sfm.types import Encoding, LoadedImage, Preparation
 
 CODE_VERSION = 1
+_ALL = 1 << 20
 
 
 class SiftModel:
@@ -34,10 +35,9 @@ class SiftModel:
         self.preparation = Preparation(size_px=size_px)
         text = f"sift {CODE_VERSION} {pycolmap.__version__} {keypoints}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        self._options = pycolmap.FeatureExtractionOptions()
-        self._options.use_gpu = False
-        self._options.num_threads = 1
-        self._options.sift.max_num_features = keypoints
+        self._options = _options(keypoints)
+        # COLMAP knows of no masks, and the largest keypoints may all be hidden by one.
+        self._unlimited = _options(_ALL)
 
     def encode(self, images: Sequence[LoadedImage]) -> list[Encoding]:
         """The keypoints of each image with unit descriptors; their attention is their scale in photo pixels."""
@@ -46,12 +46,17 @@ class SiftModel:
     def _encode_one(self, image: LoadedImage) -> Encoding:
         grey = np.asarray(Image.fromarray(image.pixels).convert("L"))
         # One extractor each, since they are not made for several threads.
-        extractor = pycolmap.FeatureExtractor.create(self._options, pycolmap.Device.cpu)
+        extractor = pycolmap.FeatureExtractor.create(
+            self._options if image.mask is None else self._unlimited, pycolmap.Device.cpu
+        )
         keypoints, descriptors = extractor.extract_from_uint8_array(grey)
         rows = [(point.x, point.y, point.compute_scale()) for point in keypoints]
         xy, scale = np.split(np.array(rows, np.float64).reshape(-1, 3), [2], axis=1)
         # COLMAP keeps whole octaves, and may give more than it was asked for.
-        largest = np.argsort(-scale[:, 0], kind="stable")[: self._options.sift.max_num_features]
+        largest = np.argsort(-scale[:, 0], kind="stable")
+        if image.mask is not None:
+            largest = largest[image.mask.allows(image.transform.to_photo(xy[largest]))]
+        largest = largest[: self._options.sift.max_num_features]
         xy, scale = xy[largest], scale[largest]
         tokens = np.asarray(descriptors.data, np.float32).reshape(len(rows), 128)[largest]
         tokens /= np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1.0)
@@ -62,3 +67,11 @@ class SiftModel:
             transform=image.transform,
             network_size=(image.pixels.shape[1], image.pixels.shape[0]),
         )
+
+
+def _options(keypoints: int) -> pycolmap.FeatureExtractionOptions:
+    options = pycolmap.FeatureExtractionOptions()
+    options.use_gpu = False
+    options.num_threads = 1
+    options.sift.max_num_features = keypoints
+    return options

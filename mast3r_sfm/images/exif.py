@@ -25,6 +25,8 @@ class ExifData:
     """In stored pixels."""
     gps: tuple[float, float, float] | None = None
     """Latitude, longitude in degrees, altitude in metres (0 where only the position is known)."""
+    has_altitude: bool = False
+    """The altitude is known."""
     camera: str = ""
     """Maker and model."""
 
@@ -38,6 +40,7 @@ def read_exif(image: Image.Image, width_px: int, height_px: int) -> ExifData:
         orientation=orientation(base),
         focal_px=focal_px(photo, width_px, height_px),
         gps=gps_position(gps),
+        has_altitude=_number(gps.get(ExifTags.GPS.GPSAltitude)) is not None,
         camera=" ".join(filter(None, (_text(base.get(ExifTags.Base.Make)), _text(base.get(ExifTags.Base.Model))))),
     )
 

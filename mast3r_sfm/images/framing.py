@@ -47,6 +47,11 @@ def turned_by(orientation: int, size: tuple[int, int]) -> tuple[int, int]:
     return size if orientation < 5 else size[::-1]
 
 
+def stored_from_upright(orientation: int) -> Float64:
+    """[2, 2] directions (right, down) of an upright photo to those of its stored pixels, by EXIF orientation."""
+    return np.array(_STORED_FROM_UPRIGHT[orientation], np.float64)[:, :2]
+
+
 def frame_photo(upright: tuple[int, int], preparation: Preparation) -> Framing:
     """How a photo of that width and height, upright, becomes what a model wants.
 

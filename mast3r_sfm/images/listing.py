@@ -18,6 +18,7 @@ from mast3r_sfm.config import PrepareConfig
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.images.decoding import decode, is_decoded_upright, open_image, stored_size, to_rgb
 from mast3r_sfm.images.exif import ExifData, read_exif
+from mast3r_sfm.images.masks import MaskFolder
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import ImageRecord, ImageSet, LeftOut
 
@@ -44,17 +45,19 @@ def list_images(root: Path, config: PrepareConfig, progress: Progress) -> ImageS
 
     Sub-folders and links are followed, hidden files and folders are not looked at. A photo that cannot be used
     (unreadable, truncated, above `max_pixels`, below 64 pixels, without content, the same file as another) is in
-    `left_out` of the result, with a warning. Reports its steps as the stage "prepare".
+    `left_out` of the result, with a warning. Reports its steps as the stage "prepare". Where masks are given, they are
+    attached, and a photo that its mask hides as a whole is left out, too; the masks' folder is not searched for photos.
 
     Returns:
         Records sorted by name. Photos with an equal `camera_group` share intrinsics; see `PrepareConfig.cameras`.
 
     Raises:
-        InputError: `root` is no folder, holds no photos, or fewer than two of them can be used.
+        InputError: `root` is no folder, holds no photos, or fewer than two of them can be used; or the masks cannot.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder" if root.exists() else f"the folder {root} does not exist")
-    files, left_out = _find(root)
+    masks = MaskFolder.open(config.mask_path, root) if config.mask_path else None
+    files, left_out = _find(root, skip=masks.path if masks else None)
     names = sorted(name for name in files if _suffix(name) in EXTENSIONS)
     left_out += _unsupported(files, names)
     if not names and not left_out:
@@ -75,7 +78,11 @@ def list_images(root: Path, config: PrepareConfig, progress: Progress) -> ImageS
             else:
                 records.append(outcome)
     records, duplicates = _without_duplicates(records)
-    left_out = sorted(left_out + duplicates, key=lambda entry: entry.name)
+    left_out += duplicates
+    if masks and records:
+        records, hidden = masks.attach(records, progress)
+        left_out += hidden
+    left_out = sorted(left_out, key=lambda entry: entry.name)
     if len(records) < 2:
         raise InputError(_too_few(root, records, left_out))
     for entry in left_out:
@@ -168,11 +175,11 @@ def _explain(path: Path, error: Exception) -> str:
     return f"cannot be decoded: {error}"
 
 
-def _find(root: Path) -> tuple[list[str], list[LeftOut]]:
-    """Names of all files below the root that are not hidden, and what cannot be entered or named."""
+def _find(root: Path, skip: Path | None) -> tuple[list[str], list[LeftOut]]:
+    """Names of all files below the root, but not below `skip`, that are not hidden; what cannot be entered or named."""
     files: list[str] = []
     left_out: list[LeftOut] = []
-    for path in _walk(root, left_out):
+    for path in _walk(root, skip, left_out):
         name = os.path.relpath(path, root).replace(os.sep, "/")
         fault = _fault_of_name(name)
         if fault and _suffix(name) in EXTENSIONS:
@@ -190,10 +197,13 @@ def _fault_of_name(name: str) -> str:
     return "" if name.isprintable() else "has control characters"
 
 
-def _walk(root: Path, left_out: list[LeftOut]) -> Iterator[str]:
+def _walk(root: Path, skip: Path | None, left_out: list[LeftOut]) -> Iterator[str]:
     """Paths of the files below the root; each real folder is entered once, links only after the real folders."""
     folders, linked = [os.fspath(root)], list[str]()
     seen: set[tuple[int, int]] = set()
+    if skip is not None:
+        status = skip.stat()
+        seen.add((status.st_dev, status.st_ino))
     while folders or linked:
         folder = folders.pop() if folders else linked.pop(0)
         try:

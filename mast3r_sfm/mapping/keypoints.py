@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from mast3r_sfm.types import Bool, Float64, Int64, PairMatches
+from mast3r_sfm.types import Bool, Float64, Int64, PairMatches, Usable
 
 Indices = dict[tuple[int, int], NDArray[np.uint32]]
 _NONE: Float64 = np.zeros((0, 2))
@@ -19,19 +20,26 @@ _LEAST = 1e-3
 
 
 def share_keypoints(
-    matches: Sequence[PairMatches], num_images: int, radius_px: float = 0.0, *, split: bool = True
+    matches: Sequence[PairMatches],
+    num_images: int,
+    radius_px: float = 0.0,
+    *,
+    split: bool = True,
+    usable: Usable | None = None,
 ) -> tuple[list[Float64], Indices]:
     """Gather the matched pixels of every image, and join the matches to tracks that see each image once.
 
     Pixels of an image that lie within `radius_px` of the most confident among them become one keypoint, at their mean,
-    weighted by the confidence of their matches. Of matches that would give one image two keypoints in a track, the less
-    confident are dropped, so that such a track falls into parts.
+    weighted by the confidence of their matches; where a mask hides the mean, at the most confident. Of matches that
+    would give one image two keypoints in a track, the less confident are dropped, so that such a track falls into
+    parts.
 
     Args:
         matches: verified pairs.
         num_images: how many images the indices run over.
         radius_px: photo pixels.
         split: whether contradictions are resolved here, by confidence, rather than by the geometry of the model.
+        usable: where keypoints may lie; None: everywhere.
 
     Returns:
         keypoints [K, 2] in photo pixels per image, sorted by x then y, no two within `radius_px`; keypoint indices
@@ -43,10 +51,15 @@ def share_keypoints(
         sides[match.second].append((pair, 1))
     keypoints: list[Float64] = []
     columns = [np.zeros((len(match), 2), np.uint32) for match in matches]
-    for image in sides:
+    for number, image in enumerate(sides):
         xy = [(matches[pair].xy_first, matches[pair].xy_second)[side] for pair, side in image]
         weight: list[Float64] = [matches[pair].confidence.astype(np.float64) for pair, _ in image]
-        places, place = _gather(np.concatenate([_NONE, *xy]), np.concatenate([_NONE[:, 0], *weight]), radius_px)
+        places, place = _gather(
+            np.concatenate([_NONE, *xy]),
+            np.concatenate([_NONE[:, 0], *weight]),
+            radius_px,
+            partial(usable, number) if usable else None,
+        )
         keypoints.append(places)
         start = 0
         for (pair, side), one in zip(image, xy, strict=True):
@@ -60,7 +73,9 @@ def share_keypoints(
     }
 
 
-def _gather(xy: Float64, confidence: Float64, radius_px: float) -> tuple[Float64, Int64]:
+def _gather(
+    xy: Float64, confidence: Float64, radius_px: float, usable: Callable[[Float64], Bool] | None
+) -> tuple[Float64, Int64]:
     """Keypoints [K, 2] that stand for pixels [M, 2], and the keypoint [M] of each."""
     # float32, as the database stores them: what is one number there is one keypoint.
     unique, place = np.unique(xy.astype(np.float32), axis=0, return_inverse=True)
@@ -71,10 +86,19 @@ def _gather(xy: Float64, confidence: Float64, radius_px: float) -> tuple[Float64
         group = _groups(weight, near)
         total = np.bincount(group, weight)
         mean = np.stack([np.bincount(group, weight * places[:, axis]) / total for axis in (0, 1)], axis=1)
+        if usable is not None:
+            hidden = ~usable(mean)
+            mean[hidden] = places[_heaviest(group, weight)[hidden]]
         places, again = np.unique(mean.astype(np.float32), axis=0, return_inverse=True)
         places, group = places.astype(np.float64), np.asarray(again.ravel(), np.int64)[group]
         weight, place = np.bincount(group, weight, minlength=len(places)).astype(np.float64), group[place]
     return places, place
+
+
+def _heaviest(group: Int64, weight: Float64) -> Int64:
+    """[G] the member of most weight of each group."""
+    order = np.lexsort((-weight, group))
+    return order[np.r_[True, np.diff(group[order]) > 0]]
 
 
 def _groups(weight: Float64, near: Int64) -> Int64:

@@ -18,7 +18,7 @@ import torch
 
 from mast3r_sfm.mapping.patches import CONVERGED, NEAR, RADIUS, Patches, align_patches, cut_windows, smooth
 from mast3r_sfm.mapping.planning import Geometry, Plan, plan_completion, plan_extension, plan_refinement, seen_beside
-from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks
+from mast3r_sfm.types import Bool, Float32, Float64, Int64, Tracks, Usable
 
 FINEST_SHARE, COARSEST_SHARE = 768.0, 500.0
 """Of a photo's long side, by which the pixels of patches are apart at most (but no less than a pixel of
@@ -73,6 +73,8 @@ class Refiner:
     pixel_scale: float
     """Photo pixels per pixel of matching: how far observations may be off."""
     threads: int
+    usable: Usable | None = None
+    """Says where observations may lie; None: everywhere."""
 
     def levels(self, long_side_px: float) -> list[float]:
         """Photo pixels per pixel of the patches, from coarse to fine, for photos of a long side.
@@ -207,7 +209,10 @@ class Refiner:
         # Beyond its own width, a patch is found by chance.
         reach = min(trust.move, RADIUS * plan.levels[-1]) * max(self.pixel_scale, 1.0)
         good &= (place - start).norm(dim=1) < reach
-        return place.double().numpy(), good.numpy()
+        # Beyond the border, a photo seems to go on as its border is.
+        good &= ((place >= 0) & (place < place.new_tensor([grey.shape[1], grey.shape[0]]))).all(dim=1)
+        xy = place.double().numpy()
+        return xy, good.numpy() if self.usable is None else good.numpy() & self.usable(image, xy)
 
 
 def _long_side(tracks: Tracks, geometry: Geometry) -> float:

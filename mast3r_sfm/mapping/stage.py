@@ -17,7 +17,7 @@ from mast3r_sfm.geometry.known_poses import KnownPoses, similarity_between_poses
 from mast3r_sfm.mapping.keypoints import share_keypoints
 from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
-from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig
+from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
 CODE_VERSION = 4
 MIN_POINTS = 20
@@ -68,6 +68,9 @@ class MapInput:
             return {}
         return dict(zip(self.known.images.tolist(), self.known.params, strict=True))
 
+    usable: Usable | None = None
+    """Says where keypoints may lie; the matches lie there already. None: everywhere."""
+
 
 def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
     """Write database.db with the shared keypoints and the verified pairs."""
@@ -75,7 +78,7 @@ def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None
     sizes = [max(camera.width_px, camera.height_px) for camera in given.rig.cameras]
     is_small = min(sizes) < SMALL_PX * settings.pixel_scale
     radius = KEYPOINT_RADIUS * (given.matched_px or settings.pixel_scale) * (0.5 if is_small else 1.0)
-    keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected)
+    keypoints, indices = share_keypoints(verified, len(given.names), radius, split=given.detected, usable=given.usable)
     content = DatabaseContent(
         names=given.names,
         rig=given.rig,

@@ -22,7 +22,7 @@ from mast3r_sfm.matching.putative import (
 )
 from mast3r_sfm.matching.straight import PairLenses
 from mast3r_sfm.models.base import DenseModel, PairModel
-from mast3r_sfm.types import Encoding
+from mast3r_sfm.types import Encoding, PairPrediction, Usable
 
 _DENSE_WORKERS = 4
 """While the network decodes some pairs, this many threads less one check what it found before; each keeps a few pairs'
@@ -48,6 +48,8 @@ class PairChecker:
     """Matches links of a dense model once more, at full resolution."""
     lenses: Mapping[int, Lens] = field(default_factory=dict)
     """Of the images whose cameras are known: their edges are in straight pixels."""
+    usable: Usable | None = None
+    """Says where a dense model's matches may lie; keypoints come without those that a mask hides."""
 
     def check(self, pairs: Sequence[Pair]) -> Generator[list[EpipolarEdge]]:
         """The edges of all pairs, each once, as they get finished; encodings are read by the calling thread alone.
@@ -96,7 +98,11 @@ class PairChecker:
         self, model: DenseModel, pairs: Sequence[Pair], views: Sequence[Views], keypoints: Sequence[Sequence[Views]]
     ) -> list[EpipolarEdge]:
         found = [
-            (number, match_dense((forward, backward), *views[number]), pair_points((forward, backward)))
+            (
+                number,
+                self._match_dense(pairs[number], (forward, backward), views[number]),
+                pair_points((forward, backward)),
+            )
             for number, forward, backward in model.predict(views)
         ]
         edges = []
@@ -108,6 +114,16 @@ class PairChecker:
             edge = check_pair(pairs[number], lenses.straighten(putative), self.config, self.seed)
             edges.append(edge if self.fine is None else self.fine.refine(edge, views[number], points_at, lenses))
         return edges
+
+    def _match_dense(self, pair: Pair, orders: tuple[PairPrediction, PairPrediction], views: Views) -> Putative:
+        putative = match_dense(orders, *views)
+        if self.usable is None:
+            return putative
+        seen = [
+            self.usable(image, xy * view.transform.scale)
+            for image, xy, view in zip(pair, (putative.xy_first, putative.xy_second), views, strict=True)
+        ]
+        return putative.subset(seen[0] & seen[1])
 
 
 def _with_points(putative: Putative, views: Views, points_at: PointsAt) -> Putative:

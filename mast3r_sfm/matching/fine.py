@@ -22,7 +22,7 @@ from mast3r_sfm.matching.straight import PairLenses
 from mast3r_sfm.matching.window_encodings import WindowEncodings
 from mast3r_sfm.matching.windows import Tiling, select
 from mast3r_sfm.models.base import DenseModel, PairModel
-from mast3r_sfm.types import Encoding, Float64, ImageRecord, Int64, PixelTransform
+from mast3r_sfm.types import Encoding, Float64, ImageRecord, Int64, PixelTransform, Usable
 
 MIN_SCALE = {"auto": 1.5, "fine": 1.01}
 """Photo pixels per network pixel, from which in one of two photos a pair is matched in windows, by `match.resolution`.
@@ -77,6 +77,7 @@ class FineMatcher:
         decode: Callable[[int], DecodedPhoto],
         config: MatchConfig,
         seed: int,
+        usable: Usable | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -86,10 +87,12 @@ class FineMatcher:
             decode: gives all pixels of the photo of an image index.
             config: thresholds; `resolution` (auto or fine) says which photos are worth windows.
             seed: of the check.
+            usable: where matches may lie; None: everywhere.
         """
         self._model, self._records, self._config, self._seed = model, records, config, seed
         self._min_scale = MIN_SCALE[config.resolution]
         self._encodings = WindowEncodings(model, decode)
+        self._usable = usable
         self._lock = Lock()
 
     def refine(
@@ -118,7 +121,11 @@ class FineMatcher:
         first = _Side.of(coarse.first, self._records[coarse.first], views[0])
         second = _Side.of(coarse.second, self._records[coarse.second], views[1])
         with self._lock:
-            matches = _thinned(_one_to_one(self._match_windows(lenses.bend(coarse), first, second)), first, second)
+            matches = self._match_windows(lenses.bend(coarse), first, second)
+        if self._usable is not None:
+            seen = self._usable(first.image, matches.xy_first) & self._usable(second.image, matches.xy_second)
+            matches = matches.subset(np.flatnonzero(seen))
+        matches = _thinned(_one_to_one(matches), first, second)
         index_first, index_second = (
             nearest_pixels(xy, view) for xy, view in zip((matches.xy_first, matches.xy_second), views, strict=True)
         )

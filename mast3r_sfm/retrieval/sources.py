@@ -14,12 +14,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from mast3r_sfm.errors import InputError
+from mast3r_sfm.geometry.geodesy import earth_centred
 from mast3r_sfm.progress import Progress
 from mast3r_sfm.types import ImageRecord, Int64
-
-# WGS 84.
-_EQUATOR_M = 6_378_137.0
-_ECCENTRICITY2 = 6.694379990141e-3
 
 
 def sequences(names: Sequence[str]) -> list[Int64]:
@@ -70,22 +67,6 @@ def gps_pairs(records: Sequence[ImageRecord], neighbours: int) -> Int64:
     near = np.asarray(cKDTree(places).query(places, k=count)[1]).reshape(len(known), count)
     pairs = np.stack([np.repeat(known, count), known[near.ravel()]], axis=1)
     return _stacked([pairs[pairs[:, 0] != pairs[:, 1]]])
-
-
-def earth_centred(positions: Sequence[tuple[float, float, float]]) -> NDArray[np.float64]:
-    """Latitude, longitude in degrees and altitude in metres to earth-centred coordinates [N, 3] in metres (WGS 84)."""
-    latitude, longitude, altitude = np.array(positions, np.float64).reshape(-1, 3).T
-    latitude, longitude = np.radians(latitude), np.radians(longitude)
-    radius = _EQUATOR_M / np.sqrt(1 - _ECCENTRICITY2 * np.sin(latitude) ** 2)
-    flat = (radius + altitude) * np.cos(latitude)
-    return np.stack(
-        [
-            flat * np.cos(longitude),
-            flat * np.sin(longitude),
-            (radius * (1 - _ECCENTRICITY2) + altitude) * np.sin(latitude),
-        ],
-        axis=1,
-    )
 
 
 def read_pairs(path: Path, names: Sequence[str], left_out: Sequence[str], progress: Progress) -> Int64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.images.loading import load_image
-from mast3r_sfm.types import Encoding, Float64, ImageRecord, LoadedImage, PixelTransform, Preparation
+from mast3r_sfm.types import Encoding, Float64, ImageRecord, LoadedImage, PixelMask, PixelTransform, Preparation
 
 
 def places(width: int, height: int, spacing: int) -> Float64:
@@ -184,3 +185,17 @@ def test_what_changes_keypoints_changes_the_fingerprint() -> None:
     # The size stands in the preparation, which enters the keys by itself.
     assert SiftModel(size_px=512).preparation != models[0].preparation
     assert models[0].images_at_once == 1
+
+
+def test_a_mask_hides_keypoints_before_the_largest_are_chosen() -> None:
+    pixels = texture(seed=3)
+    usable = np.zeros(pixels.shape[:2], np.bool_)
+    usable[100:, ::2] = True
+    mask = PixelMask.of(usable)
+    everything = encode(pixels, keypoints=1 << 20)
+    seen = mask.allows(everything.xy.astype(np.float64))
+    assert 60 < seen.sum() < 0.5 * len(seen)
+    (masked,) = SiftModel(keypoints=50).encode([replace(loaded(pixels), mask=mask)])
+    np.testing.assert_array_equal(masked.xy, everything.xy[seen][:50])
+    np.testing.assert_array_equal(masked.tokens, everything.tokens[seen][:50])
+    assert mask.allows(encode(pixels, keypoints=50).xy.astype(np.float64)).sum() < 40

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mast3r_sfm.mapping.keypoints import share_keypoints
-from mast3r_sfm.types import Float64, PairMatches, Verdict
+from mast3r_sfm.types import Bool, Float64, PairMatches, Verdict
 from tests.exact import ring
 
 NUMBER = 4
@@ -375,3 +375,19 @@ def test_exact_tracks_are_as_long_as_points_are_seen() -> None:
     # Without the radius there is none that is seen by three.
     alone = [len(part) for part in in_parts(tied(share_keypoints(matches, 6)[1]))]
     assert max(alone) == 2
+
+
+def test_where_a_mask_hides_the_mean_the_most_confident_stays() -> None:
+    # Three pairs see one place of image 0 at pixels 0.8 apart; the mean lies between them.
+    xy, partner = np.array([[10.2, 5.0], [11.0, 5.0], [10.2, 5.4]]), np.array([[3.0, 4.0]])
+    matches = [pair(0, other + 1, xy[other][None], partner, [weight]) for other, weight in enumerate([1.0, 3.0, 1.0])]
+    (free, *_), _ = share_keypoints(matches, 4, 1.0)
+    np.testing.assert_allclose(free, [[10.68, 5.08]], atol=1e-4)
+
+    def usable(image: int, places: Float64) -> Bool:
+        hidden = (image == 0) & (np.floor(places[:, 0]) == 10)
+        return ~hidden
+
+    (kept, *_), indices = share_keypoints(matches, 4, 1.0, usable=usable)
+    np.testing.assert_allclose(kept, [[11.0, 5.0]], atol=1e-6)
+    assert [indices[0, other].tolist() for other in (1, 2, 3)] == [[[0, 0]]] * 3

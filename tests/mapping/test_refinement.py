@@ -894,3 +894,48 @@ def test_photos_outside_the_model_are_not_searched() -> None:
     assert len(found.point) > 20
     assert set(read) == {1, 2}
     assert len(read) <= 4
+
+
+def lines_hidden(image: int, xy: Float64) -> Bool:
+    """Every fourth column of every image but the first may not be used."""
+    return (np.floor(xy[:, 0]) % 4 != 0) | (image == 0)
+
+
+def test_what_comes_to_lie_in_a_masked_pixel_is_not_believed() -> None:
+    tracks = plane().tracks()
+    free, masked = (
+        plane().refine(tracks),
+        replace(plane().refiner(), usable=lines_hidden).refine(tracks, plane().cameras),
+    )
+    moved = (free.xy != tracks.xy).any(axis=1)
+    hidden = np.zeros(len(moved), np.bool_)
+    for image in np.unique(tracks.image).tolist():
+        mine = tracks.image == image
+        hidden[mine] = ~lines_hidden(image, free.xy[mine])
+    np.testing.assert_array_equal(masked.xy, free.xy)
+    np.testing.assert_array_equal(masked.kept, free.kept & ~(hidden & moved))
+    assert (free.kept & hidden & moved).sum() > 50
+
+
+def test_further_observations_are_not_looked_for_in_masked_pixels() -> None:
+    few = thinned(plane().tracks(noise_px=0.0))
+    free = plane().extend(few)
+    masked = replace(plane().refiner(), usable=lines_hidden).extend(few, plane().cameras)
+    seen = np.array([lines_hidden(int(i), xy[None])[0] for i, xy in zip(free.image, free.xy, strict=True)])
+    assert 0.1 < (~seen).mean() < 0.5
+    np.testing.assert_array_equal(masked.xy, free.xy[seen])
+    np.testing.assert_array_equal(masked.point, free.point[seen])
+
+
+def test_nothing_is_found_outside_of_a_photo() -> None:
+    made = plane()
+    tracks = made.tracks(noise_px=0.0)
+    size = np.array([made.cameras.width_px, made.cameras.height_px])
+    # The photos lose their right and lower parts, so that patches are sought at and beyond the border.
+    cut = [photo[: int(size[1]) - 40, : int(size[0]) - 40] for photo in made.photos]
+    refined = made.refine(tracks, photos=cut)
+    moved = (refined.xy != tracks.xy).any(axis=1)
+    inside = (refined.xy < size - 40).all(axis=1)
+    assert (tracks.xy >= size - 40).any(axis=1).sum() > 20
+    assert not (refined.kept & moved & ~inside).any()
+    assert (refined.kept & moved & inside).sum() > 100

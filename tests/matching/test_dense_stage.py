@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock, get_ident
 
@@ -17,8 +18,19 @@ from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.models.base import DenseModel
 from mast3r_sfm.storage.cache import StageCache
-from mast3r_sfm.types import Encoding, LoadedImage, PairPrediction, PixelTransform, Preparation, ViewPrediction
+from mast3r_sfm.types import (
+    Bool,
+    Encoding,
+    Float64,
+    LoadedImage,
+    PairPrediction,
+    PixelTransform,
+    Preparation,
+    Verdict,
+    ViewPrediction,
+)
 from tests.exact import Listener, all_pairs, no_sift
+from tests.scenes import facade_views, load, oracle
 
 SIZES = [(8, 6), (6, 8), (8, 6), (8, 6), (6, 8), (8, 6)]
 PIXELS = 48
@@ -154,3 +166,23 @@ def test_an_error_of_the_model_ends_the_stage(tmp_path: Path, monkeypatch: pytes
     matcher = make_matcher(model, Encodings(), 2)
     with pytest.raises(ValueError, match="cannot decode"):
         matcher.check_graph(all_pairs(6), StageCache(tmp_path, "match", "key", Listener()), Listener())
+
+
+def test_no_match_of_a_dense_model_lies_in_a_masked_pixel() -> None:
+    views = facade_views(3)
+    model = oracle(views)
+    encodings = model.encode(load(views))
+
+    def usable(image: int, xy: Float64) -> Bool:
+        return xy[:, 0] > (40 if image == 1 else 60)
+
+    plain = PairChecker(model=model, encodings=encodings, config=MatchConfig(), seed=0, threads=1)
+    masked = replace(plain, usable=usable)
+    for pair in ((0, 1), (1, 2)):
+        edges = [next(iter(checker.check([pair])))[0] for checker in (plain, masked)]
+        seen = [usable(pair[0], edge.xy_first) & usable(pair[1], edge.xy_second) for edge in edges]
+        assert 0.2 < seen[0].mean() < 0.8
+        assert seen[1].all()
+        assert edges[1].verdict is Verdict.GOOD
+        assert edges[1].points_first is not None
+        assert len(edges[1].points_first) == len(seen[1]) > 0.8 * seen[0].sum()

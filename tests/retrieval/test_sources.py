@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.retrieval.sources import (
-    earth_centred,
     gps_pairs,
     read_pairs,
     sequences,
@@ -69,15 +67,6 @@ def test_swin_closes_the_circle() -> None:
     names = [f"{index}.jpg" for index in range(6)]
     assert unordered(swin_pairs(names, 1)) == {(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 5)}
     assert len(unordered(swin_pairs(names, 99))) == 15
-
-
-def test_earth_centred_positions() -> None:
-    found = earth_centred([(0.0, 0.0, 0.0), (0.0, 90.0, 100.0), (90.0, 0.0, 0.0)])
-    np.testing.assert_allclose(found, [[6378137.0, 0, 0], [0, 6378237.0, 0], [0, 0, 6356752.314]], atol=1e-3)
-    # A second of arc to the north is about 31 metres anywhere, and one to the east half of that at 60 degrees.
-    near = earth_centred([(60.0, 20.0, 0.0), (60.0 + 1 / 3600, 20.0, 0.0), (60.0, 20.0 + 1 / 3600, 0.0)])
-    assert np.linalg.norm(near[1] - near[0]) == pytest.approx(30.95, abs=0.05)
-    assert np.linalg.norm(near[2] - near[0]) == pytest.approx(15.5, abs=0.05)
 
 
 def test_gps_pairs_are_the_nearest_on_the_ground() -> None:

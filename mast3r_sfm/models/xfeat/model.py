@@ -79,6 +79,12 @@ class XFeatModel:
         # [1, 64, h/8, w/8] of cell probabilities (the 65th says "none here") to one map of [h, w].
         peaks = functional.pixel_shuffle(functional.softmax(logits, dim=1)[:, :64], 8)[0, 0]
         rows, columns = _local_maxima(peaks)
+        stretch = np.array([width / size[1], height / size[0]])
+        if image.mask is not None:
+            exact = torch.stack([columns, rows], dim=1) + 0.5 + _sub_pixel(peaks, rows, columns)
+            photo = image.transform.to_photo(exact.double().cpu().numpy() * stretch)
+            usable = torch.from_numpy(image.mask.allows(photo)).to(rows.device)
+            rows, columns = rows[usable], columns[usable]
         xy = torch.stack([columns, rows], dim=1) + 0.5  # [T, 2] network pixels, centre of the first at 0.5
         grid = (xy * 2 / xy.new_tensor([size[1], size[0]]) - 1)[None, None]
         sampled = functional.grid_sample(reliability, grid, mode="bilinear", align_corners=False)[0, 0, 0]
@@ -89,7 +95,6 @@ class XFeatModel:
         )[0, :, 0].T
         descriptors = functional.normalize(descriptors, dim=1)
         xy = xy[order] + _sub_pixel(peaks, rows[order], columns[order])
-        stretch = np.array([width / size[1], height / size[0]])
         photo = image.transform.to_photo(xy.double().cpu().numpy() * stretch)
         return Encoding(
             tokens=descriptors.half().cpu().numpy(),
