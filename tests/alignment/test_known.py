@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from mast3r_sfm.alignment.known import judge_pairs, report_contradictions
+from mast3r_sfm.alignment.known import judge_pairs, report_contradictions, report_misfit
 from mast3r_sfm.alignment.stage import align
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.errors import InputError
@@ -149,3 +149,20 @@ def test_rays_that_are_nearly_parallel_do_not_contradict(baseline: float, contra
     pose[:, 3] = Rotation.from_euler("z", 40, degrees=True).as_matrix() @ pose[:, 3]
     judged = judge_pairs([replace(match, second_from_first=pose)], known(scene, [0, 1]), CONFIG)
     assert judged.contradicts.tolist() == [contradicts]
+
+
+@pytest.mark.parametrize(("off_deg", "warned"), [(0.0, False), (0.02, False), (3.0, True)])
+def test_fixed_poses_that_are_too_rough_for_the_matches_are_doubted(off_deg: float, warned: bool) -> None:
+    """They contradict no pair, and most of the points would be lost."""
+    scene, rng = ring(6, turn_deg=120), np.random.default_rng(2)
+    poses = scene.poses.copy()
+    turns = Rotation.from_rotvec(np.radians(off_deg / np.sqrt(3)) * rng.normal(size=(6, 3))).as_matrix()
+    poses[:, :, :3] = turns @ poses[:, :, :3]
+    poses[:, :, 3] = (turns @ poses[:, :, 3:])[:, :, 0]
+    matches, rough, listener = all_matches(scene), known(scene, range(6), poses=poses), Listener()
+    assert not judge_pairs(matches, rough, CONFIG).contradicts.any()
+    report_misfit(matches, rough, scene.rig(), 2.0, listener)
+    assert len(listener.warnings) == warned
+    if warned:
+        assert "15 verified pairs" in listener.warnings[0]
+        assert "--poses-prior" in listener.warnings[0]
