@@ -113,13 +113,17 @@ def test_pairs_that_contradict_two_known_poses_are_not_used() -> None:
     assert not listener.warnings
 
 
-def test_two_known_poses_outvote_all_other_pairs() -> None:
-    """Between the known images, all pairs are wrong in one and the same way, as those of a doppelganger are."""
-    scene = ring(6, turn_deg=120)
-    swapped = Scene(points=scene.points, poses=scene.poses[[1, 0, 2, 3, 4, 5]])
-    judged = judge_pairs(all_matches(swapped), known(scene, [0, 1]), CONFIG)
-    assert judged.known.sum() == 1
-    assert judged.contradicts.sum() == 1
+def test_a_pair_that_nothing_else_tests_yields_to_known_poses() -> None:
+    """By themselves, two photos that are wrong about each other are contradicted by nothing."""
+    scene = ring(4, turn_deg=60)
+    wrong = turned_wrong(scene.matches(0, 1), np.random.default_rng(1))
+    (alone,) = align([wrong], 4, CONFIG)
+    assert alone.edges.tolist() == [0]
+    (part,) = align([wrong], 4, CONFIG, known=known(scene, [0, 1]))
+    assert part.images.tolist() == [0, 1]
+    assert part.edges.tolist() == []
+    # A prior says so, too; then nothing is left to align.
+    assert align([wrong], 4, CONFIG, known=known(scene, [0, 1], is_fixed=False)) == []
 
 
 def test_poses_that_most_photos_contradict_are_a_warning_and_all_an_error() -> None:
