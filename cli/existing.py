@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mast3r_sfm.progress import Progress
     from mast3r_sfm.summaries import RunReport
 
-_OPTIONS = [
+_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     click.argument("images", type=click.Path(path_type=Path)),
     click.argument("model_path", metavar="MODEL", type=click.Path(path_type=Path)),
     click.option("-o", "--output", metavar="OUT", required=True, type=click.Path(path_type=Path), help="New folder."),

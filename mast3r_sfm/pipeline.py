@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
-from mast3r_sfm.alignment.known import judge_pairs, report_contradictions
+from mast3r_sfm.alignment.known import judge_pairs, report_contradictions, report_misfit
 from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import SPACES_IN_TEXT, ColmapModel, write_models
@@ -380,13 +380,16 @@ class _Run:
     ) -> tuple[list[AlignmentResult], Rig]:
         """The parts, and the cameras with the focal lengths that alignment found."""
         poses = paired.known.poses
+        scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
         report.key = known_keys(report.key, paired.known.poses_key)
         if poses is not None:
             judged = judge_pairs(matches, poses, self.config.align)
             report_contradictions(judged, self.recorder)
+            if poses.is_fixed:
+                limit = self.matching.max_epipolar_error_px * scale
+                report_misfit(matches, poses, rig, limit, self.recorder)
             report.counts = {"contradict known poses": int(judged.contradicts.sum())}
         own_depth = isinstance(paired.model, DenseModel) and self.matching.features != "sift"
-        scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
         pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale, own_depth=own_depth)
         parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes, poses)
         return parts, align_stage.with_focal_lengths(rig, parts)
@@ -417,7 +420,11 @@ class _Run:
         if not models:
             raise ReconstructionError(
                 "the photos' pairs agree, but too few of their points are consistent over several photos; "
-                "add photos with more overlap"
+                + (
+                    "add photos with more overlap"
+                    if not given.fixed_poses
+                    else "poses that are only approximate must be given as such (--poses-prior)"
+                )
             )
         return models
 

@@ -14,13 +14,17 @@ import numpy as np
 
 from mast3r_sfm.alignment.edges import median_angle
 from mast3r_sfm.alignment.positions import RELIABLE_ANGLE
+from mast3r_sfm.colmap.lens import straighten_matches
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.errors import InputError
+from mast3r_sfm.geometry.epipolar import sampson_error
 from mast3r_sfm.geometry.known_poses import KnownPoses, moved_poses, similarity_between_poses
 from mast3r_sfm.geometry.rigid import angle_between_rotations
 from mast3r_sfm.progress import Progress
-from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches
+from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
+MAX_MISFIT = 0.5
+"""Share of the matches of the middle pair that may miss fixed poses before these are doubted."""
 MIN_JUDGED = 3
 """Pairs that must all contradict the known poses for these to be refused."""
 
@@ -79,6 +83,39 @@ def report_contradictions(judged: Judged, progress: Progress) -> None:
         )
     else:
         progress.note(f"{said}, and were not used")
+
+
+def report_misfit(
+    matches: Sequence[PairMatches], poses: KnownPoses, rig: Rig, limit_px: float, progress: Progress
+) -> None:
+    """Warn where fixed poses are near enough not to contradict the pairs, and too far off for most of their matches.
+
+    Args:
+        matches: all edges.
+        poses: fixed ones.
+        rig: cameras.
+        limit_px: photo pixels within which all matches of a pair agree with each other.
+        progress: told.
+    """
+    straight, pinholes = straighten_matches(matches, rig)
+    missed = []
+    for match in straight:
+        between = poses.relative(match.first, match.second) if match.verdict.has_depth else None
+        if between is not None:
+            inverse = [np.linalg.inv(_matrix(pinholes, image)) for image in (match.first, match.second)]
+            fundamental = inverse[1].T @ np.cross(between[:, 3], between[:, :3], axisb=0, axisc=0) @ inverse[0]
+            missed.append(float((sampson_error(fundamental, match.xy_first, match.xy_second) > limit_px).mean()))
+    if missed and float(np.median(missed)) > MAX_MISFIT:
+        progress.warn(
+            f"the known poses fit the photos badly: in {len(missed)} verified pairs, {np.median(missed):.0%} of the "
+            f"matches (median) miss them by more than the {limit_px:.1f} pixels within which they agree with each "
+            "other; poses that are only approximate are given with --poses-prior, and known cameras with --intrinsics"
+        )
+
+
+def _matrix(rig: Rig, image: int) -> Float64:
+    focal, x, y = rig.cameras[rig.camera_of_image[image]].params[:3].tolist()
+    return np.array([[focal, 0.0, x], [0.0, focal, y], [0.0, 0.0, 1.0]])
 
 
 def in_known_frame(

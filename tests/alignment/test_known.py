@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from mast3r_sfm.alignment.known import judge_pairs, report_contradictions
+from mast3r_sfm.alignment.known import judge_pairs, report_contradictions, report_misfit
 from mast3r_sfm.alignment.stage import align
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.errors import InputError
@@ -113,13 +113,17 @@ def test_pairs_that_contradict_two_known_poses_are_not_used() -> None:
     assert not listener.warnings
 
 
-def test_two_known_poses_outvote_all_other_pairs() -> None:
-    """Between the known images, all pairs are wrong in one and the same way, as those of a doppelganger are."""
-    scene = ring(6, turn_deg=120)
-    swapped = Scene(points=scene.points, poses=scene.poses[[1, 0, 2, 3, 4, 5]])
-    judged = judge_pairs(all_matches(swapped), known(scene, [0, 1]), CONFIG)
-    assert judged.known.sum() == 1
-    assert judged.contradicts.sum() == 1
+def test_a_pair_that_nothing_else_tests_yields_to_known_poses() -> None:
+    """By themselves, two photos that are wrong about each other are contradicted by nothing."""
+    scene = ring(4, turn_deg=60)
+    wrong = turned_wrong(scene.matches(0, 1), np.random.default_rng(1))
+    (alone,) = align([wrong], 4, CONFIG)
+    assert alone.edges.tolist() == [0]
+    (part,) = align([wrong], 4, CONFIG, known=known(scene, [0, 1]))
+    assert part.images.tolist() == [0, 1]
+    assert part.edges.tolist() == []
+    # A prior says so, too; then nothing is left to align.
+    assert align([wrong], 4, CONFIG, known=known(scene, [0, 1], is_fixed=False)) == []
 
 
 def test_poses_that_most_photos_contradict_are_a_warning_and_all_an_error() -> None:
@@ -149,3 +153,20 @@ def test_rays_that_are_nearly_parallel_do_not_contradict(baseline: float, contra
     pose[:, 3] = Rotation.from_euler("z", 40, degrees=True).as_matrix() @ pose[:, 3]
     judged = judge_pairs([replace(match, second_from_first=pose)], known(scene, [0, 1]), CONFIG)
     assert judged.contradicts.tolist() == [contradicts]
+
+
+@pytest.mark.parametrize(("off_deg", "warned"), [(0.0, False), (0.02, False), (3.0, True)])
+def test_fixed_poses_that_are_too_rough_for_the_matches_are_doubted(off_deg: float, warned: bool) -> None:
+    """They contradict no pair, and most of the points would be lost."""
+    scene, rng = ring(6, turn_deg=120), np.random.default_rng(2)
+    poses = scene.poses.copy()
+    turns = Rotation.from_rotvec(np.radians(off_deg / np.sqrt(3)) * rng.normal(size=(6, 3))).as_matrix()
+    poses[:, :, :3] = turns @ poses[:, :, :3]
+    poses[:, :, 3] = (turns @ poses[:, :, 3:])[:, :, 0]
+    matches, rough, listener = all_matches(scene), known(scene, range(6), poses=poses), Listener()
+    assert not judge_pairs(matches, rough, CONFIG).contradicts.any()
+    report_misfit(matches, rough, scene.rig(), 2.0, listener)
+    assert len(listener.warnings) == warned
+    if warned:
+        assert "15 verified pairs" in listener.warnings[0]
+        assert "--poses-prior" in listener.warnings[0]

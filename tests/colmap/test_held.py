@@ -131,6 +131,39 @@ def test_fixed_poses_come_out_to_the_bit(build: Callable[..., ColmapModel], fixe
     assert found.num_points > 200
 
 
+def test_what_is_fixed_is_constant_in_the_adjustment(make_content: Callable[..., Any], tmp_path: Path) -> None:
+    """Rather than moved, and put back in the end."""
+    scene = arc()
+    content = make_content(scene, noisy_matches(scene, 0.3))
+    rig = Rig(cameras=(given_camera("PINHOLE"),), camera_of_image=content.rig.camera_of_image)
+    write_database(tmp_path / "database.db", replace(content, rig=rig))
+    held = Held.of(rig, {image: pose_params(scene.poses[image]) for image in (1, 4)})
+    model = Mapper(tmp_path / "database.db", SETTINGS, held).build(nudged(scene)).reconstruction
+    config = held.configure(model)
+    for number in range(1, NUMBER + 1):
+        assert config.has_constant_rig_from_world_pose(model.image(number).frame_id) == (number - 1 in (1, 4))
+    assert config.has_constant_cam_intrinsics(1)
+    assert config.fixed_gauge.name == "UNSPECIFIED"
+    assert Held().configure(model).fixed_gauge.name == "TWO_CAMS_FROM_WORLD"
+
+
+def test_the_others_are_brought_to_the_scale_of_fixed_poses(build: Callable[..., ColmapModel]) -> None:
+    scene = arc()
+    start = dict(enumerate(scene.poses))
+    for image in (2, 3, 4, 5):
+        # As if the world around image 0 were a seventh larger.
+        centre = camera_centre(scene.poses[0]) + 1.15 * (
+            camera_centre(scene.poses[image]) - camera_centre(scene.poses[0])
+        )
+        rotation = scene.poses[image][:, :3]
+        start[image] = make_pose(rotation, -rotation @ centre)
+    found = build([0, 1], start=start, readjust=False)
+    centres = camera_centre(np.array([found.cam_from_world[name(image)] for image in range(NUMBER)]))
+    size = np.linalg.norm(np.ptp(camera_centre(scene.poses), axis=0))
+    assert np.linalg.norm(centres - camera_centre(scene.poses), axis=1).max() < 0.01 * size
+    assert found.summary("").mean_reprojection_error_px < 1.0
+
+
 def test_one_fixed_pose_leaves_the_scale_as_it_was_begun(build: Callable[..., ColmapModel]) -> None:
     scene = arc()
     found = build([2])
