@@ -84,7 +84,7 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
     coarse = scene
     for kernel, stopping in _schedule(options, options.fine_kernels_px):
         kept, placed = _largest(problem, kept)
-        fine = FineLoss(problem.with_edges(kept), kernel, options.priors, options.move_depths)
+        fine = FineLoss(problem.with_edges(kept), kernel, options.priors, options.move_depths, near=scene)
         scene, course = minimise(fine, scene, stopping)
         courses.append(course)
         errors = FineLoss(problem, kernel, options.priors, options.move_depths).residuals(scene)
