@@ -2,8 +2,8 @@
 
     python benchmarks/alignment_oracle.py [facade room object rotation] [--width 384] [--views 6] [--seed 0]
 
-The oracle's matches are off by a pixel in either image, its depths by 1 % (smooth), the focal length of each pointmap by
-3 %, and its scale by 30 %. Pairs go through the match stage, all of them; focal lengths are unknown first, then known.
+The oracle's matches are off by a pixel in either image, its depths by 1 % (smooth), the focal length of each pointmap
+by 3 %, and its scale by 30 %. All pairs go through the match stage; focal lengths are unknown first, then known.
 Errors are means: of relative rotations, of positions in percent of the longest baseline, of focal lengths. Around the
 object, and from one point, there are twelve views unless --views says otherwise.
 """
@@ -22,6 +22,7 @@ import common
 import numpy as np
 
 from mast3r_sfm.alignment.stage import Pinholes, align
+from mast3r_sfm.alignment.turning import align_turns
 from mast3r_sfm.config import AlignConfig, MatchConfig
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
 from mast3r_sfm.geometry.similarity import align_similarity
@@ -94,7 +95,9 @@ def main(arguments: list[str]) -> None:
             rig = matcher.estimate_rig(edges, given)
             matches = matcher.calibrate(edges, rig)
             begin = time.perf_counter()
-            for result in align(matches, number, AlignConfig(), Pinholes(rig=rig, pixel_scale=1.0)):
+            parts = align(matches, number, AlignConfig(), Pinholes(rig=rig, pixel_scale=1.0))
+            parts += align_turns(matches, np.zeros(0, np.int32), rig, 1.0, AlignConfig()) if not parts else []
+            for result in parts:
                 seconds = time.perf_counter() - begin
                 rows.append(
                     [kind, "known" if known else "unknown", f"{len(result.images)} of {number}"]

@@ -210,6 +210,21 @@ class FineLoss:
             return np.asarray(error - v * (v * error).sum(axis=-1, keepdims=True))
         return np.asarray(error - v[..., None] * (v[..., None, :] @ error))
 
+    def unit_variance(self, scene: Scene) -> float:
+        """Variance of an unknown at the least of the loss, over its entry of the inverse of the normal matrix.
+
+        For errors that are independent and alike in both directions, by the kernel's influence and its slope (Huber,
+        Robust Statistics, 1981, section 7.6). Both residuals of a match have one error, which counts twice.
+        """
+        squared = (self._sizes(scene, weighed=True) / self.kernel) ** 2
+        weight = np.repeat(self.problem.weight[:, None], 2, axis=1)
+
+        def mean(values: Float64) -> float:
+            return float((weight * values).sum() / weight.sum())
+
+        influence = 0.5 * self.kernel**2 * float((weight**2 * squared / (1 + squared) ** 2).sum() / weight.sum())
+        return 2 * influence * mean(1 / (1 + squared)) / mean(1 / (1 + squared) ** 2) ** 2
+
     def _focal_change(self, scene: Scene) -> Float64:
         return np.log(scene.focal_px[self.problem.camera_of_image] / self.problem.base_focal_px)
 

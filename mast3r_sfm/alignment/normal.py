@@ -115,20 +115,25 @@ class NormalEquations:
         Raises:
             ArithmeticError: the equations cannot be solved; more damping may help.
         """
-        matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
         right = -self.gradient
         for depths in self.depths:
-            diagonal = (1 + damping) * depths.diagonal
-            scaled = scipy.sparse.diags_array(1 / np.sqrt(diagonal)) @ depths.coupling
-            matrix = matrix - scaled.T @ scaled
-            right += depths.coupling.T @ (depths.gradient / diagonal)
+            right += depths.coupling.T @ (depths.gradient / ((1 + damping) * depths.diagonal))
         step = np.zeros(len(right))
-        free = np.flatnonzero(self.free)
-        step[free] = _solve_scaled(scipy.sparse.csr_array(matrix)[free][:, free], right[free])
+        matrix, free = self.reduced(damping)
+        step[free] = _solve_scaled(matrix, right[free])
         change = np.zeros(self.num_anchors)
         for depths in self.depths:
             change[depths.anchors] = -(depths.gradient + depths.coupling @ step) / ((1 + damping) * depths.diagonal)
         return step, change
+
+    def reduced(self, damping: float) -> tuple[scipy.sparse.csr_array, Int64]:
+        """Matrix [F, F] of the free unknowns without the depths, and their numbers [F]."""
+        matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
+        for depths in self.depths:
+            scaled = scipy.sparse.diags_array(1 / np.sqrt((1 + damping) * depths.diagonal)) @ depths.coupling
+            matrix = matrix - scaled.T @ scaled
+        free = np.flatnonzero(self.free)
+        return scipy.sparse.csr_array(matrix)[free][:, free], free
 
 
 def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int) -> tuple[scipy.sparse.csr_array, Float64]:
