@@ -126,6 +126,8 @@ def _align_pointmaps(
         history=aligned.courses[-1].history,
         stop_reason=f"pointmaps settled after {steps} steps",
         focal_px=pinholes.pixel_scale * aligned.scene.focal_px[problem.camera_of_image],
+        rotation_sigma_deg=aligned.deviations.rotation_deg,
+        position_sigma=aligned.deviations.position / max(baseline, 1e-12),
     )
 
 

@@ -26,7 +26,7 @@ class Deviations:
     """[N] root mean square of the distance of the camera's centre, in world units."""
 
 
-def deviations(loss: FineLoss, scene: Scene, held: Bool, drifts: int) -> Deviations:
+def deviations(loss: FineLoss, scene: Scene, held: Bool, drifts: int = 7) -> Deviations:
     """How far poses may be off by the noise of matches that err independently of each other.
 
     Errors that matches share, such as those of a lens or of a pointmap over a region, are not in it.
