@@ -1,14 +1,11 @@
-"""The two losses of the alignment of pointmaps, and their linearisation.
+"""The fine loss of the alignment of pointmaps, and its linearisation.
 
-Coarse: where do both images of an edge put the same point in the world, relative to its depth? Fine: how far from the
-matched pixel does the point of one image project into the other? Both are summed over the matches by their confidence,
-through a kernel of logarithmic growth (Cauchy): w · γ²/2 · log(1 + (r/γ)²). Measured relative to depth, the coarse loss
-does not change with the scale of the world, and cannot be made small by shrinking it.
+How far from the matched pixel does the point of one image project into the other? Summed over the matches by their
+confidence, through a kernel of logarithmic growth (Cauchy): w · γ²/2 · log(1 + (r/γ)²).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +18,13 @@ from mast3r_sfm.alignment.normal import (
     Depths,
     EdgeBlock,
     NormalEquations,
+    edge_columns,
     sum_depths,
     sum_edges,
 )
 from mast3r_sfm.alignment.problem import LEAST_RELATIVE, Batch, PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.geometry.rigid import rotation_from_axis_angle
-from mast3r_sfm.types import Bool, Float64, Int64
+from mast3r_sfm.types import Bool, Float64
 
 _MIN_DEPTH = 1e-3
 """Of a projected point, over its distance: what is nearer to the image plane, or behind it, is treated as there."""
@@ -47,65 +45,6 @@ class Priors:
     """Of the depths of anchors."""
     log_focal: float = 0.1
     """Of the focal lengths that canonical views imply."""
-
-
-class CoarseLoss:
-    """Distance of matched points in the world over their mean depth; moves poses and scales."""
-
-    def __init__(self, problem: PointmapProblem, kernel: float) -> None:
-        self.problem = problem
-        self.kernel = kernel
-        self._batches = make_batches(problem.start)
-
-    def residuals(self, scene: Scene) -> Float64:
-        """[M] distances over depth."""
-        size = np.zeros(len(self.problem.weight))
-        for batch in self._batches:
-            residual, _, _ = self._residual(scene, batch)
-            size[batch.rows] = np.linalg.norm(residual, axis=-1)
-        return size
-
-    def value(self, scene: Scene) -> float:
-        """Mean over the matches."""
-        return _cauchy(self.residuals(scene), self.problem.weight, self.kernel)
-
-    def linearise(self, scene: Scene, fixed: Bool) -> NormalEquations:
-        """Normal equations of one step; unknowns that are `fixed` [P] stay, and so do focal lengths."""
-        count = PER_IMAGE * self.problem.num_images + self.problem.num_cameras
-        free = ~fixed
-        free[PER_IMAGE * self.problem.num_images :] = False
-        matrix, gradient = sum_edges((self._linearise(scene, batch) for batch in self._batches), count)
-        anchors = len(scene.log_depth)
-        return NormalEquations(matrix=matrix, gradient=gradient, depths=(), num_anchors=anchors, free=free)
-
-    def _residual(self, scene: Scene, batch: Batch) -> tuple[Float64, Float64, tuple[Float64, Float64]]:
-        """Residuals [B, K, 3], what they are divided by [B, K], and both camera points [B, K, 3]."""
-        world, local = [], []
-        for side in (0, 1):
-            images = self.problem.pairs[batch.edges, side].astype(np.int64)
-            points = camera_points(self.problem, scene, batch.rows, images, side)
-            pose = scene.cam_from_world[images]
-            world.append((points - pose[:, None, :, 3]) @ pose[:, :, :3])
-            local.append(points)
-        depth = 0.5 * (local[0][..., 2] + local[1][..., 2])
-        return (world[0] - world[1]) / depth[..., None], depth, (local[0], local[1])
-
-    def _linearise(self, scene: Scene, batch: Batch) -> EdgeBlock:
-        residual, depth, local = self._residual(scene, batch)
-        jacobian = np.zeros((*depth.shape, 3, 2 * PER_IMAGE))
-        for side, sign in ((0, 1.0), (1, -1.0)):
-            turn = scene.cam_from_world[self.problem.pairs[batch.edges, side], :, :3]  # [B, 3, 3]
-            at = PER_IMAGE * side
-            # World = Rᵀ (x − t): a turn ω of the camera frame moves it by Rᵀ (x × ω), a shift v by −Rᵀ v.
-            across = np.broadcast_to(turn.transpose(0, 2, 1)[:, None], (*depth.shape, 3, 3))
-            jacobian[..., at : at + 3] = sign * _cross(across, local[side])
-            jacobian[..., at + 3 : at + 6] = -sign * across
-            jacobian[..., at + 6] = sign * (local[side] @ turn)
-        jacobian /= depth[..., None, None]
-        weight = self.problem.weight[batch.rows] * batch.used
-        weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
-        matrix, gradient = _sum_up(jacobian, residual, weight)
-        return EdgeBlock(columns=_columns(self.problem, batch, (0, 1)), matrix=matrix, gradient=gradient)
 
 
 class FineLoss:
@@ -251,7 +190,7 @@ class FineLoss:
         weight = self.problem.weight[batch.rows] * batch.used * (shown.depth == shown.seen[..., 2])
         weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
         matrix, gradient = _sum_up(jacobian, residual, weight)
-        columns = _columns(self.problem, batch, (side, 1 - side), focal=True)
+        columns = edge_columns(self.problem, batch, (side, 1 - side), focal=True)
         by_depth = weight[..., None] * jacobian[..., 6]  # an anchor's depth moves its points as the scale does
         return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient), DepthBlock(
             anchors=self.problem.anchor[batch.rows, side],
@@ -337,16 +276,6 @@ def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64)
 def _cauchy(size: Float64, weight: Float64, kernel: float) -> float:
     value = 0.5 * kernel**2 * np.log1p((size / kernel) ** 2)
     return float((weight * value).sum() / max(float(weight.sum()), 1e-300))
-
-
-def _columns(problem: PointmapProblem, batch: Batch, sides: Sequence[int], focal: bool = False) -> Int64:
-    """Unknowns of both images of the batch's edges [B, 14], or as `FineLoss._jacobian` has them [B, 15]."""
-    images = problem.pairs[batch.edges][:, list(sides)].astype(np.int64)
-    columns = (PER_IMAGE * images[:, :, None] + np.arange(PER_IMAGE)).reshape(len(images), -1)
-    if not focal:
-        return columns
-    cameras = PER_IMAGE * problem.num_images + problem.camera_of_image[images].astype(np.int64)
-    return np.concatenate([columns[:, :-1], cameras], axis=1)
 
 
 def _by_source(problem: PointmapProblem) -> list[list[tuple[int, Batch]]]:

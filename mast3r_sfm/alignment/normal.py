@@ -16,6 +16,7 @@ import scipy.linalg
 import scipy.sparse
 from scipy.sparse.linalg import splu
 
+from mast3r_sfm.alignment.problem import Batch, PointmapProblem
 from mast3r_sfm.types import Bool, Float64, Int64
 
 PER_IMAGE = 7
@@ -126,14 +127,18 @@ class NormalEquations:
             change[depths.anchors] = -(depths.gradient + depths.coupling @ step) / ((1 + damping) * depths.diagonal)
         return step, change
 
-    def reduced(self, damping: float) -> tuple[scipy.sparse.csr_array, Int64]:
-        """Matrix [F, F] of the free unknowns without the depths, and their numbers [F]."""
+    def reduced(self, damping: float) -> tuple[Float64 | scipy.sparse.csr_array, Int64]:
+        """Matrix [F, F] of the free unknowns without the depths, dense for few unknowns, and their numbers [F]."""
+        free = np.flatnonzero(self.free)
         matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
+        dense = matrix.toarray() if len(free) <= DENSE else None
         for depths in self.depths:
             scaled = scipy.sparse.diags_array(1 / np.sqrt((1 + damping) * depths.diagonal)) @ depths.coupling
-            matrix = matrix - scaled.T @ scaled
-        free = np.flatnonzero(self.free)
-        return scipy.sparse.csr_array(matrix)[free][:, free], free
+            if dense is None:
+                matrix = matrix - scaled.T @ scaled
+            else:
+                dense -= (scaled.T @ scaled).toarray()  # spares sorting what sparse matrices are made of
+        return scipy.sparse.csr_array(matrix)[free][:, free] if dense is None else dense[np.ix_(free, free)], free
 
 
 def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int) -> tuple[scipy.sparse.csr_array, Float64]:
@@ -149,12 +154,12 @@ def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int) -> tuple[scipy.sparse.
     return scipy.sparse.coo_array(table, shape=(unknowns, unknowns)).tocsr(), gradient
 
 
-def _solve_scaled(matrix: scipy.sparse.csr_array, right: Float64) -> Float64:
+def _solve_scaled(matrix: Float64 | scipy.sparse.csr_array, right: Float64) -> Float64:
     """Solve with rows and columns scaled to a diagonal of 1, since the unknowns have different units."""
     scale = 1 / np.sqrt(np.maximum(matrix.diagonal(), _TINY))
     try:
-        if len(right) <= DENSE:
-            dense = matrix.toarray() * scale[:, None] * scale
+        if isinstance(matrix, np.ndarray):
+            dense = matrix * scale[:, None] * scale
             solution = scipy.linalg.solve(dense, scale * right, assume_a="pos", check_finite=False)
         else:
             diagonal = scipy.sparse.diags_array(scale)
@@ -165,3 +170,16 @@ def _solve_scaled(matrix: scipy.sparse.csr_array, right: Float64) -> Float64:
     except (np.linalg.LinAlgError, RuntimeError) as singular:
         raise ArithmeticError(f"the normal equations are singular: {singular}") from singular
     return np.asarray(scale * solution, np.float64)
+
+
+def edge_columns(problem: PointmapProblem, batch: Batch, sides: Sequence[int], focal: bool = False) -> Int64:
+    """Unknowns of both images of the batch's edges: pose and scale of one and of the other [B, 14].
+
+    With the focal lengths, [B, 15]: the second scale is left out, and those of both images come last.
+    """
+    images = problem.pairs[batch.edges][:, list(sides)].astype(np.int64)
+    columns = (PER_IMAGE * images[:, :, None] + np.arange(PER_IMAGE)).reshape(len(images), -1)
+    if not focal:
+        return columns
+    cameras = PER_IMAGE * problem.num_images + problem.camera_of_image[images].astype(np.int64)
+    return np.concatenate([columns[:, :-1], cameras], axis=1)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, move
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, move
 from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
 from mast3r_sfm.errors import DivergedError

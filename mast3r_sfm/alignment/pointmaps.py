@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mast3r_sfm.alignment.coarse import CoarseLoss
 from mast3r_sfm.alignment.edges import components
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors
+from mast3r_sfm.alignment.losses import FineLoss, Priors
 from mast3r_sfm.alignment.normal import PER_IMAGE
 from mast3r_sfm.alignment.optimise import Course, Stopping, minimise
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene

@@ -8,12 +8,9 @@ import numpy as np
 import scipy.linalg
 
 from mast3r_sfm.alignment.losses import FineLoss
-from mast3r_sfm.alignment.normal import PER_IMAGE
+from mast3r_sfm.alignment.normal import DENSE, PER_IMAGE
 from mast3r_sfm.alignment.problem import Scene
 from mast3r_sfm.types import Bool, Float64
-
-MOST_UNKNOWNS = 1500
-"""Of images and cameras; beyond, nothing is computed, since the time grows with the cube."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +36,12 @@ def deviations(loss: FineLoss, scene: Scene, held: Bool, drifts: int = 7) -> Dev
         drifts: ways in which the world as a whole may move: 7, or 3 where it only turns.
     """
     equations = loss.linearise(scene, held)
-    matrix, free = equations.reduced(0.0)
-    if len(free) > MOST_UNKNOWNS:
+    if int(equations.free.sum()) > DENSE:
         return Deviations(rotation_deg=np.zeros(0), position=np.zeros(0))
+    matrix, free = equations.reduced(0.0)
     # What moves the world as a whole is left out, rather than one image taken for certain (inner constraints; Triggs et
     # al., 2000, section 9.4).
-    values, vectors = scipy.linalg.eigh(matrix.toarray())
+    values, vectors = scipy.linalg.eigh(np.asarray(matrix))
     values, vectors = values[drifts:], vectors[:, drifts:]
     variance = np.zeros(len(held))
     variance[free] = loss.unit_variance(scene) * (vectors**2 / np.maximum(values, 1e-300)).sum(axis=1)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors, move
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, Priors, move
 from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene, make_batches
 from mast3r_sfm.errors import ShapeError

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, Priors
 from mast3r_sfm.alignment.optimise import Stopping, minimise
 from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
