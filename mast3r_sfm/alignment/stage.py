@@ -19,7 +19,7 @@ from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
 from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
-CODE_VERSION = 2
+CODE_VERSION = 4
 BRIDGE_LEAD = 2.0
 """How many times the evidence of refuted pairs the only pair between two halves must have to be believed."""
 
