@@ -195,7 +195,7 @@ class FineLoss:
         return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient), DepthBlock(
             anchors=self.problem.anchor[batch.rows, side],
             columns=columns,
-            coupling=(by_depth[..., None, :] @ jacobian)[..., 0, :],
+            coupling=by_depth[..., :1] * jacobian[..., 0, :] + by_depth[..., 1:] * jacobian[..., 1, :],
             diagonal=(by_depth * jacobian[..., 6]).sum(axis=-1),
             gradient=(by_depth * residual).sum(axis=-1),
         )

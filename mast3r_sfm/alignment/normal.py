@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -17,11 +18,13 @@ import scipy.sparse
 from scipy.sparse.linalg import splu
 
 from mast3r_sfm.alignment.problem import Batch, PointmapProblem
-from mast3r_sfm.types import Bool, Float64, Int64
+from mast3r_sfm.types import Bool, Float64, Int32, Int64
 
 PER_IMAGE = 7
 DENSE = 3000
 """Unknowns up to which a dense factorisation is the faster one: then most images share points with most others."""
+FILLED = 4
+"""Equations of depths are kept as a dense matrix where one entry in so many or more is not zero."""
 _TINY = 1e-300
 
 
@@ -59,12 +62,29 @@ class Depths:
 
     anchors: Int64
     """[a]."""
-    coupling: scipy.sparse.csr_array
-    """[a, P]."""
+    coupling: Float64 | scipy.sparse.csr_array
+    """[a, P], dense where that is the faster way."""
     diagonal: Float64
     """[a] positive."""
     gradient: Float64
     """[a]."""
+
+
+class _Entries(NamedTuple):
+    """Entries of a matrix that add up where they stand in one place."""
+
+    rows: Int32
+    columns: Int32
+    values: Float64
+    shape: tuple[int, int]
+
+    def summed(self) -> Float64 | scipy.sparse.csr_array:
+        """The matrix, dense where one place in FILLED or more has an entry."""
+        height, width = self.shape
+        if len(self.values) * FILLED > height * width:
+            place = self.rows.astype(np.int64) * width + self.columns
+            return np.asarray(np.bincount(place, self.values, height * width).reshape(self.shape))
+        return scipy.sparse.coo_array((self.values, (self.rows, self.columns)), shape=self.shape).tocsr()
 
 
 def sum_depths(blocks: Sequence[DepthBlock], unknowns: int, prior: float, value: Float64) -> Depths:
@@ -85,12 +105,12 @@ def sum_depths(blocks: Sequence[DepthBlock], unknowns: int, prior: float, value:
         columns.append(np.broadcast_to(block.columns.astype(np.int32)[:, None], block.coupling.shape).ravel())
         values.append(block.coupling.ravel())
         start += edges * matches
-    table = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    entries = _Entries(np.concatenate(rows), np.concatenate(columns), np.concatenate(values), (len(named), unknowns))
     diagonal: Float64 = np.concatenate([block.diagonal.ravel() for block in blocks])
     gradient: Float64 = np.concatenate([block.gradient.ravel() for block in blocks])
     return Depths(
         anchors=named,
-        coupling=scipy.sparse.coo_array(table, shape=(len(named), unknowns)).tocsr(),
+        coupling=entries.summed(),
         diagonal=np.asarray(prior + np.bincount(where, diagonal, len(named)), np.float64),
         gradient=prior * value[named] + np.bincount(where, gradient, len(named)),
     )
@@ -133,11 +153,17 @@ class NormalEquations:
         matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
         dense = matrix.toarray() if len(free) <= DENSE else None
         for depths in self.depths:
-            scaled = scipy.sparse.diags_array(1 / np.sqrt((1 + damping) * depths.diagonal)) @ depths.coupling
-            if dense is None:
-                matrix = matrix - scaled.T @ scaled
+            scale = 1 / np.sqrt((1 + damping) * depths.diagonal)
+            if isinstance(depths.coupling, np.ndarray):
+                scaled = scale[:, None] * depths.coupling
             else:
-                dense -= (scaled.T @ scaled).toarray()  # spares sorting what sparse matrices are made of
+                scaled = scipy.sparse.diags_array(scale) @ depths.coupling
+            share = scaled.T @ scaled
+            if dense is None:
+                matrix = matrix - scipy.sparse.csr_array(share)
+            else:
+                # An array from the start: sorting what a sparse matrix is made of takes longer than making it.
+                dense -= share if isinstance(share, np.ndarray) else share.toarray()
         return scipy.sparse.csr_array(matrix)[free][:, free] if dense is None else dense[np.ix_(free, free)], free
 
 

@@ -133,6 +133,22 @@ def test_many_pairs_get_fewer_matches_each(monkeypatch: pytest.MonkeyPatch) -> N
         assert np.diff(stated[0].start).tolist() == [min(len(match), expected) for match in matches]
 
 
+def test_what_single_pairs_are_wrong_by_in_depth_costs_little() -> None:
+    matches, views = _noisy("facade")
+    (before,) = align(matches, len(views), AlignConfig(), _pinholes(views))
+    bent = []
+    for match in matches:
+        # Three per cent, slowly over the image, and another way for each pair and image.
+        waves = [
+            0.03 * np.sin(match.first + 2 * match.second + xy[:, :1] / 30) for xy in (match.xy_first, match.xy_second)
+        ]
+        first, second = match.points_first * np.exp(waves[0]), match.points_second * np.exp(-waves[1])
+        bent.append(replace(match, points_first=first, points_second=second))
+    (after,) = align(bent, len(views), AlignConfig(), _pinholes(views))
+    for result in (before, after):
+        assert 0.02 < _errors(result, views)[0] < 0.25
+
+
 def test_a_known_focal_length_stays() -> None:
     matches, views = _noisy("facade")
     pinholes = _pinholes(views, known=True)
