@@ -60,7 +60,7 @@ def matched(views: Mapping[str, View], seed: int) -> tuple[Matcher, list[Epipola
 
 
 def errors(result: AlignmentResult, views: Mapping[str, View]) -> list[float]:
-    """Mean errors: degrees, percent of the longest baseline, percent of the focal length; the first where none is."""
+    """Mean errors: degrees, percent of the longest baseline, percent of the focal length; NaN where there is none."""
     shown = [views[name] for name in sorted(views)]
     truth = np.array([shown[image].cam_from_world for image in result.images])
     first, second = np.triu_indices(len(truth), 1)
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
                 seconds = time.perf_counter() - begin
                 rows.append(
                     [kind, "known" if known else "unknown", f"{len(result.images)} of {number}"]
-                    + [round(value, 3) for value in errors(result, views)]
+                    + [None if np.isnan(value) else round(value, 3) for value in errors(result, views)]
                     + [result.stop_reason, round(seconds, 1)]
                 )
     names = ["scene", "focal length", "views", "rotation_deg", "position_percent", "focal_percent", "stopped", "s"]
