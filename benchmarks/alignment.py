@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from mast3r_sfm.alignment.canonical import GRID_PX, cell_centres
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss
 from mast3r_sfm.alignment.optimise import minimise
 from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 import mast3r_sfm
 from mast3r_sfm.alignment import stage as align_stage
 from mast3r_sfm.alignment.known import judge_pairs, report_contradictions, report_misfit
+from mast3r_sfm.alignment.turning import align_turns
 from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import SPACES_IN_TEXT, ColmapModel, write_models
@@ -37,7 +40,7 @@ from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
 from mast3r_sfm.models.registry import checkpoint_path, load_model, resolve_device, resolve_name
 from mast3r_sfm.pairing import Pairing
 from mast3r_sfm.progress import Progress, SilentProgress
-from mast3r_sfm.reasons import rejected_pairs, why_left_out, why_nothing
+from mast3r_sfm.reasons import describe_turns, rejected_pairs, say_turn, why_left_out, why_nothing
 from mast3r_sfm.report import Recorder, StageDraft, versions
 from mast3r_sfm.retrieval.official import OfficialRetrieval, resolve_retrieval
 from mast3r_sfm.retrieval.picture import draw_pairs
@@ -209,6 +212,7 @@ class _Run:
         with self.recorder.stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
             parts, rig = self._align(paired, matches, rig, report)
+            turns = self._find_turns(paired, matches, parts, rig)
             self.rejected_pairs = rejected_pairs(matches, parts, photos.names)
             report.counts |= {
                 "parts": len(parts),
@@ -216,7 +220,7 @@ class _Run:
                 "rejected pairs": len(self.rejected_pairs),
             }
         if not parts:
-            raise ReconstructionError(why_nothing(matches))
+            raise ReconstructionError(why_nothing(matches, turns))
         with self.recorder.stage("map") as report:
             detected = not isinstance(model, DenseModel) or self.matching.features == "sift"
             given = map_stage.MapInput(
@@ -393,6 +397,22 @@ class _Run:
         pinholes = align_stage.Pinholes(rig=rig, pixel_scale=scale, own_depth=own_depth)
         parts = align_stage.align(matches, len(paired.photos), self.config.align, pinholes, poses)
         return parts, align_stage.with_focal_lengths(rig, parts)
+
+    def _find_turns(
+        self, paired: _Paired, matches: Sequence[PairMatches], parts: Sequence[AlignmentResult], rig: Rig
+    ) -> list[AlignmentResult]:
+        """The parts without depth, all of whose photos were taken from one point, which go into rotations.json."""
+        placed = np.concatenate([np.zeros(0, np.int32), *(part.images for part in parts)])
+        scale = map_stage.photo_scale([encoding.transform.scale for encoding in paired.encodings])
+        turns = align_turns(matches, placed, rig, scale, self.config.align)
+        path = self.output / "rotations.json"
+        if turns:
+            write_json(path, {"parts": describe_turns(turns, paired.photos.names)})
+        else:
+            path.unlink(missing_ok=True)
+        for turn in turns if parts else ():
+            self.recorder.warn(say_turn(turn, paired.photos.names))
+        return turns
 
     def _map(
         self, photos: ImageSet, given: map_stage.MapInput, encodings: Sequence[Encoding], report: StageDraft

@@ -13,8 +13,13 @@ from mast3r_sfm.types import AlignmentResult, Float64, ImageSet, PairMatches, Ve
 _OVERLAY = "what lies over both photos, such as a watermark, a frame or a part of the vehicle"
 
 
-def why_nothing(matches: Sequence[PairMatches]) -> str:
-    """Why no model could be begun, and what photos would help."""
+def why_nothing(matches: Sequence[PairMatches], turns: Sequence[AlignmentResult] = ()) -> str:
+    """Why no model could be begun, and what photos would help.
+
+    Args:
+        matches: all edges of the view graph.
+        turns: parts whose photos were all taken from one point, written to rotations.json.
+    """
     if not matches:
         return "no pair of photos was matched; raise the time budget, or give a list with more pairs"
     turning = [match for match in matches if match.verdict is Verdict.PURE_ROTATION]
@@ -22,7 +27,7 @@ def why_nothing(matches: Sequence[PairMatches]) -> str:
         images = len({index for match in turning for index in (match.first, match.second)})
         return (
             f"pure rotation: {images} photos show the same place, but all from one point, so that nothing can be said "
-            "of depth; take photos from different positions"
+            f"of depth; take photos from different positions{_known_of(turns)}"
         )
     marked = sum(match.verdict is Verdict.WATERMARK for match in matches)
     if marked:
@@ -33,6 +38,45 @@ def why_nothing(matches: Sequence[PairMatches]) -> str:
     return (
         "no two photos were found to show the same place; take photos with more overlap, and of something with texture"
     )
+
+
+def say_turn(turn: AlignmentResult, names: Sequence[str]) -> str:
+    """What is said of a part whose photos were all taken from one point, beside other parts that have depth."""
+    first, last = names[int(turn.images[0])], names[int(turn.images[-1])]
+    return (
+        f"pure rotation: {len(turn.images)} photos, from {first} to {last}, show the same place, but all from one "
+        f"point, so that they get no model{_known_of([turn])}"
+    )
+
+
+def _known_of(turns: Sequence[AlignmentResult]) -> str:
+    if not turns:
+        return ""
+    sigma = np.concatenate([turn.rotation_sigma_deg for turn in turns])
+    accuracy = f" (to about {float(sigma.max()):.2g}°, as far as the noise of the matches goes)" if len(sigma) else ""
+    return f"; how the cameras were turned is known{accuracy}, and stands in rotations.json"
+
+
+def describe_turns(turns: Sequence[AlignmentResult], names: Sequence[str]) -> list[dict[str, object]]:
+    """What rotations.json holds: per part, the rotation of each photo from the part's frame to the camera's."""
+    return [
+        {
+            "kind": "pure rotation",
+            "photos": [
+                {
+                    "name": names[int(image)],
+                    "cam_from_world_rotation": pose[:, :3].tolist(),
+                    "focal_px": float(focal),
+                    "residual_deg": float(residual),
+                    "sigma_deg": float(turn.rotation_sigma_deg[row]) if len(turn.rotation_sigma_deg) else None,
+                }
+                for row, (image, pose, focal, residual) in enumerate(
+                    zip(turn.images, turn.cam_from_world, turn.focal_px, turn.residual_deg, strict=True)
+                )
+            ],
+        }
+        for turn in turns
+    ]
 
 
 def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, registered: set[str]) -> str:
@@ -55,6 +99,11 @@ def why_left_out(index: int, matches: Sequence[PairMatches], photos: ImageSet, r
         return "no other photo was found to show the same place"
     partners = {photos.names[match.second if match.first == index else match.first] for match in links}
     in_model = partners & registered
+    if not in_model and all(match.verdict is Verdict.PURE_ROTATION for match in links):
+        return (
+            f"pure rotation: shows the same place as {', '.join(sorted(partners)[:3])}, but from the same point, so "
+            "that nothing can be said of depth"
+        )
     if not in_model:
         return f"matches only {', '.join(sorted(partners)[:3])}, too little for a model"
     if all(match.verdict is Verdict.PURE_ROTATION for match in links):

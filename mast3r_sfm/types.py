@@ -407,11 +407,16 @@ class AlignmentResult:
     not look for it."""
     num_edges: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     """[n] how many of `edges` hold an image; [0] where nobody counted."""
+    rotation_sigma_deg: Float64 = field(default_factory=lambda: np.zeros(0))
+    """[n] standard deviation of the angle by which a pose may be turned, by the noise of the matches; [0]: unknown."""
+    position_sigma: Float64 = field(default_factory=lambda: np.zeros(0))
+    """[n] the same of the distance of its centre, in units of the frame; [0]: unknown."""
 
     def __post_init__(self) -> None:
         count = len(self.images)
-        _check(self.focal_px, (count if len(self.focal_px) else 0,), "AlignmentResult.focal_px")
-        _check(self.num_edges, (count if len(self.num_edges) else 0,), "AlignmentResult.num_edges")
+        for name in ("focal_px", "num_edges", "rotation_sigma_deg", "position_sigma"):
+            value = getattr(self, name)
+            _check(value, (count if len(value) else 0,), f"AlignmentResult.{name}")
         _check(self.images, (count,), "AlignmentResult.images")
         _check(self.edges, (None,), "AlignmentResult.edges")
         _check(self.cam_from_world, (count, 3, 4), "AlignmentResult.cam_from_world")

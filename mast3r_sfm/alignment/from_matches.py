@@ -2,7 +2,9 @@
 
 Whole pointmaps never leave the predictor, so canonical views are made of what the pairs say at their matches: scales of
 the pairs from the depths that they give the same grid cells, an anchor for every cell that was matched, with the median
-of its depths, and each match as a depth relative to that.
+of its depths, and each match as a depth relative to that. Before that, the pairs agree on the depth of every region of
+an image: their errors in depth change slowly from place to place, but each pair has its own, and no anchor can be
+right for two pairs that are wrong by different amounts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ MAX_MATCHES = 2000
 MAX_TOTAL = 4_000_000
 """Of a part, so that it stays below 6 GB; a pair gets FEW_MATCHES at least."""
 FEW_MATCHES = 100
+REGION_CELLS = 3
+"""Side, in grid cells, of the regions in which the depths of a pair are taken to be wrong by one factor."""
+AGREEMENT_ROUNDS = 3
 _NEAREST = 1e-9
 
 
@@ -50,7 +55,7 @@ def problem_from_matches(
     comparable = group == np.bincount(group).argmax()
     if len(components(len(images), image[comparable].astype(np.int32))) > 1:
         return None
-    depth = said.depth * scales[said.edge][:, None]
+    depth = _agreed(said, said.depth * scales[said.edge][:, None])
     used = comparable[said.edge]
     number, log_depth = _medians(said.cell[used].ravel(), np.log(depth[used].ravel()))
     anchor = np.minimum(np.searchsorted(number, said.cell), len(number) - 1)
@@ -71,6 +76,7 @@ def problem_from_matches(
         anchor=anchor,
         offset=depth / np.exp(log_depth)[anchor],
         weight=said.confidence / max(float(said.confidence.mean()), 1e-300),
+        place_error_px=1.0,
     )
     return problem.with_edges(comparable), comparable
 
@@ -88,6 +94,8 @@ class _Said:
     cell: Int64
     """[M, 2] grid cell, numbered over all images."""
     cells_per_image: int
+    region: Int64
+    """[M, 2] region of the image, numbered over all images."""
     depth: Float64
     """[M, 2] positive, in the scale of the pair."""
     slope: Float64
@@ -114,6 +122,7 @@ def _collect(matches: Sequence[PairMatches], image: Int64, counts: Int64, pixel_
         xy=xy,
         cell=(side * rows + place[..., 1]) * columns + place[..., 0],
         cells_per_image=rows * columns,
+        region=(side * rows + place[..., 1] // REGION_CELLS) * columns + place[..., 0] // REGION_CELLS,
         depth=depth,
         slope=np.linalg.norm(points[..., :2], axis=-1) / depth,
         confidence=_pick([match.confidence.astype(np.float64) for match in matches], some),
@@ -143,6 +152,19 @@ def _ratios(said: _Said) -> Ratios:
         )
     found = np.array(rows, np.float64).reshape(-1, 4)
     return Ratios(edges=found[:, :2].astype(np.int32), log_ratio=found[:, 2], weight=found[:, 3])
+
+
+def _agreed(said: _Said, depth: Float64) -> Float64:
+    """Depths [M, 2] freed of what pairs are wrong by region by region: medians of cells, then of regions, in turn."""
+    _, cell = np.unique(said.cell, return_inverse=True)
+    own = 2 * said.edge[:, None] + np.arange(2)  # an image's region as one pair sees it
+    _, region = np.unique(own * (int(said.region.max()) + 1) + said.region, return_inverse=True)
+    cell, region = cell.ravel(), region.ravel()
+    log_depth = np.log(depth).ravel()
+    wrong = np.zeros_like(log_depth)
+    for _ in range(AGREEMENT_ROUNDS):
+        wrong = _medians(region, log_depth - _medians(cell, log_depth - wrong)[1][cell])[1][region]
+    return np.asarray(np.exp(log_depth - wrong).reshape(depth.shape))
 
 
 def _medians(group: Int64, value: Float64) -> tuple[Int64, Float64]:

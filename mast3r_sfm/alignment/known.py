@@ -25,6 +25,8 @@ from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches,
 
 MAX_MISFIT = 0.5
 """Share of the matches of the middle pair that may miss fixed poses before these are doubted."""
+PER_IMAGE = ("focal_px", "num_edges", "rotation_sigma_deg", "position_sigma")
+"""What an alignment may say of each of its images."""
 MIN_JUDGED = 3
 """Pairs that must all contradict the known poses for these to be refused."""
 
@@ -187,6 +189,5 @@ def _without(part: AlignmentResult, matches: Sequence[PairMatches], placed: set[
         edges=part.edges[np.array(inside, np.bool_)],
         cam_from_world=part.cam_from_world[stays],
         residual_deg=part.residual_deg[stays],
-        focal_px=part.focal_px[stays] if len(part.focal_px) else part.focal_px,
-        num_edges=part.num_edges[stays] if len(part.num_edges) else part.num_edges,
+        **{name: value[stays] for name in PER_IMAGE if len(value := getattr(part, name))},
     )

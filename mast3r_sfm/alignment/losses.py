@@ -1,34 +1,38 @@
-"""The two losses of the alignment of pointmaps, and their linearisation.
+"""The fine loss of the alignment of pointmaps, and its linearisation.
 
-Coarse: where do both images of an edge put the same point in the world, relative to its depth? Fine: how far from the
-matched pixel does the point of one image project into the other? Both are summed over the matches by their confidence,
-through a kernel of logarithmic growth (Cauchy): w · γ²/2 · log(1 + (r/γ)²). Measured relative to depth, the coarse loss
-does not change with the scale of the world, and cannot be made small by shrinking it.
+How far from the matched pixel does the point of one image project into the other? Summed over the matches by their
+confidence, through a kernel of logarithmic growth (Cauchy): w · γ²/2 · log(1 + (r/γ)²).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
 
+from mast3r_sfm.alignment.canonical import GRID_PX
 from mast3r_sfm.alignment.normal import (
     PER_IMAGE,
     DepthBlock,
     Depths,
     EdgeBlock,
     NormalEquations,
+    edge_columns,
     sum_depths,
     sum_edges,
 )
 from mast3r_sfm.alignment.problem import LEAST_RELATIVE, Batch, PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.geometry.rigid import rotation_from_axis_angle
-from mast3r_sfm.types import Bool, Float64, Int64
+from mast3r_sfm.types import Bool, Float64
 
 _MIN_DEPTH = 1e-3
 """Of a projected point, over its distance: what is nearer to the image plane, or behind it, is treated as there."""
+_AHEAD = 0.1
+"""Cosine between the optical axis and the direction of a point beyond which it is not seen."""
+_SPREAD_PX = GRID_PX / np.sqrt(12.0)
+"""Standard deviation of places in a grid cell, along one axis."""
+_TINY = 1e-12
 GROUP_MATCHES = 1 << 17
 """Matches whose equations for depths are put together at a time."""
 
@@ -43,83 +47,37 @@ class Priors:
     """Of the focal lengths that canonical views imply."""
 
 
-class CoarseLoss:
-    """Distance of matched points in the world over their mean depth; moves poses and scales."""
-
-    def __init__(self, problem: PointmapProblem, kernel: float) -> None:
-        self.problem = problem
-        self.kernel = kernel
-        self._batches = make_batches(problem.start)
-
-    def residuals(self, scene: Scene) -> Float64:
-        """[M] distances over depth."""
-        size = np.zeros(len(self.problem.weight))
-        for batch in self._batches:
-            residual, _, _ = self._residual(scene, batch)
-            size[batch.rows] = np.linalg.norm(residual, axis=-1)
-        return size
-
-    def value(self, scene: Scene) -> float:
-        """Mean over the matches."""
-        return _cauchy(self.residuals(scene), self.problem.weight, self.kernel)
-
-    def linearise(self, scene: Scene, fixed: Bool) -> NormalEquations:
-        """Normal equations of one step; unknowns that are `fixed` [P] stay, and so do focal lengths."""
-        count = PER_IMAGE * self.problem.num_images + self.problem.num_cameras
-        free = ~fixed
-        free[PER_IMAGE * self.problem.num_images :] = False
-        matrix, gradient = sum_edges((self._linearise(scene, batch) for batch in self._batches), count)
-        anchors = len(scene.log_depth)
-        return NormalEquations(matrix=matrix, gradient=gradient, depths=(), num_anchors=anchors, free=free)
-
-    def _residual(self, scene: Scene, batch: Batch) -> tuple[Float64, Float64, tuple[Float64, Float64]]:
-        """Residuals [B, K, 3], what they are divided by [B, K], and both camera points [B, K, 3]."""
-        world, local = [], []
-        for side in (0, 1):
-            images = self.problem.pairs[batch.edges, side].astype(np.int64)
-            points = camera_points(self.problem, scene, batch.rows, images, side)
-            pose = scene.cam_from_world[images]
-            world.append((points - pose[:, None, :, 3]) @ pose[:, :, :3])
-            local.append(points)
-        depth = 0.5 * (local[0][..., 2] + local[1][..., 2])
-        return (world[0] - world[1]) / depth[..., None], depth, (local[0], local[1])
-
-    def _linearise(self, scene: Scene, batch: Batch) -> EdgeBlock:
-        residual, depth, local = self._residual(scene, batch)
-        jacobian = np.zeros((*depth.shape, 3, 2 * PER_IMAGE))
-        for side, sign in ((0, 1.0), (1, -1.0)):
-            turn = scene.cam_from_world[self.problem.pairs[batch.edges, side], :, :3]  # [B, 3, 3]
-            at = PER_IMAGE * side
-            # World = Rᵀ (x − t): a turn ω of the camera frame moves it by Rᵀ (x × ω), a shift v by −Rᵀ v.
-            across = np.broadcast_to(turn.transpose(0, 2, 1)[:, None], (*depth.shape, 3, 3))
-            jacobian[..., at : at + 3] = sign * _cross(across, local[side])
-            jacobian[..., at + 3 : at + 6] = -sign * across
-            jacobian[..., at + 6] = sign * (local[side] @ turn)
-        jacobian /= depth[..., None, None]
-        weight = self.problem.weight[batch.rows] * batch.used
-        weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
-        matrix, gradient = _sum_up(jacobian, residual, weight)
-        return EdgeBlock(columns=_columns(self.problem, batch, (0, 1)), matrix=matrix, gradient=gradient)
-
-
 class FineLoss:
     """Reprojection error in pixels, both ways; moves poses, scales, focal lengths and depths."""
 
-    def __init__(self, problem: PointmapProblem, kernel: float, priors: Priors, move_depths: bool = True) -> None:
+    def __init__(
+        self,
+        problem: PointmapProblem,
+        kernel: float,
+        priors: Priors,
+        move_depths: bool = True,
+        near: Scene | None = None,
+    ) -> None:
+        """Prepare the loss.
+
+        Args:
+            problem: what is given.
+            kernel: γ in pixels.
+            priors: on depths and focal lengths.
+            move_depths: whether the depths of anchors are unknowns.
+            near: about where the scene is, to allow for the matches' `place_error_px`; None: not to.
+        """
         self.problem = problem
         self.kernel = kernel
         self.priors = priors
         self.move_depths = move_depths
         self._batches = make_batches(problem.start)
         self._groups = _by_source(problem)
+        self._unsure = None if near is None or not problem.place_error_px else self._find_unsure(near)
 
     def residuals(self, scene: Scene) -> Float64:
         """[M, 2] distances in pixels from the match, of the point of each side in the other image."""
-        size = np.zeros((len(self.problem.weight), 2))
-        for batch in self._batches:
-            for side in (0, 1):
-                size[batch.rows, side] = np.linalg.norm(self._project(scene, batch, side).residual, axis=-1)
-        return size
+        return self._sizes(scene, weighed=False)
 
     def value(self, scene: Scene) -> float:
         """Mean over matches and both ways, and the priors."""
@@ -127,7 +85,7 @@ class FineLoss:
         prior = (scene.log_depth / self.priors.log_depth) ** 2
         focal = (self._focal_change(scene) / self.priors.log_focal) ** 2
         total = 0.5 * (float(prior.sum()) + float(focal.sum())) / max(float(weight.sum()), 1e-300)
-        return _cauchy(self.residuals(scene), weight, self.kernel) + total
+        return _cauchy(self._sizes(scene, weighed=True), weight, self.kernel) + total
 
     def linearise(self, scene: Scene, fixed: Bool) -> NormalEquations:
         """Normal equations of one step; unknowns that are `fixed` [P] stay."""
@@ -152,6 +110,60 @@ class FineLoss:
         anchors = len(scene.log_depth)
         return NormalEquations(matrix=matrix, gradient=gradient, depths=depths, num_anchors=anchors, free=free)
 
+    def _sizes(self, scene: Scene, *, weighed: bool) -> Float64:
+        size = np.zeros((len(self.problem.weight), 2))
+        for batch in self._batches:
+            for side in (0, 1):
+                residual = self._project(scene, batch, side).residual
+                if weighed:
+                    residual = self._weigh(batch, side, residual)
+                size[batch.rows, side] = np.linalg.norm(residual, axis=-1)
+        return size
+
+    def _find_unsure(self, scene: Scene) -> Float64:
+        """[M, 2, 2] v of each side, with which an error e counts as e − v (v · e).
+
+        A match is wrong by a pixel or so in either image. In the one that the point comes from, that makes its depth
+        wrong where the surface is steep or ends, and the point appears displaced along its epipolar line. There, the
+        error is divided by √(1 + s²), where s is the displacement in pixels.
+        """
+        change = self.problem.place_error_px * _change_of_depth(self.problem)
+        unsure = np.zeros((len(self.problem.weight), 2, 2))
+        for batch in self._batches:
+            for side in (0, 1):
+                shown = self._project(scene, batch, side)
+                moved = ((_by_point(shown) @ shown.turn[:, None]) @ shown.points[..., None])[..., 0]
+                length = np.maximum(np.linalg.norm(moved, axis=-1), _TINY)
+                far = change[self.problem.anchor[batch.rows, side]] * length
+                # What would be seen from the side or from behind is a wrong match, and its whole error is to count.
+                far *= shown.seen[..., 2] > _AHEAD * np.linalg.norm(shown.seen, axis=-1)
+                unsure[batch.rows, side] = moved * (np.sqrt(1 - 1 / np.sqrt(1 + far**2)) / length)[..., None]
+        return unsure
+
+    def _weigh(self, batch: Batch, side: int, error: Float64) -> Float64:
+        """Errors [B, K, 2] or their derivatives [B, K, 2, p], with less of what a depth may be wrong by."""
+        if self._unsure is None:
+            return error
+        v = self._unsure[batch.rows, side]
+        if error.ndim == v.ndim:
+            return np.asarray(error - v * (v * error).sum(axis=-1, keepdims=True))
+        return np.asarray(error - v[..., None] * (v[..., None, :] @ error))
+
+    def unit_variance(self, scene: Scene) -> float:
+        """Variance of an unknown at the least of the loss, over its entry of the inverse of the normal matrix.
+
+        For errors that are independent and alike in both directions, by the kernel's influence and its slope (Huber,
+        Robust Statistics, 1981, section 7.6). Both residuals of a match have one error, which counts twice.
+        """
+        squared = (self._sizes(scene, weighed=True) / self.kernel) ** 2
+        weight = np.repeat(self.problem.weight[:, None], 2, axis=1)
+
+        def mean(values: Float64) -> float:
+            return float((weight * values).sum() / weight.sum())
+
+        influence = 0.5 * self.kernel**2 * float((weight**2 * squared / (1 + squared) ** 2).sum() / weight.sum())
+        return 2 * influence * mean(1 / (1 + squared)) / mean(1 / (1 + squared) ** 2) ** 2
+
     def _focal_change(self, scene: Scene) -> Float64:
         return np.log(scene.focal_px[self.problem.camera_of_image] / self.problem.base_focal_px)
 
@@ -173,25 +185,25 @@ class FineLoss:
     def _linearise(self, scene: Scene, batch: Batch, side: int) -> tuple[EdgeBlock, DepthBlock]:
         shown = self._project(scene, batch, side)
         jacobian = self._jacobian(scene, batch, side, shown)
-        weight = self.problem.weight[batch.rows] * batch.used
-        weight = weight / (1 + (shown.residual**2).sum(axis=-1) / self.kernel**2)
-        matrix, gradient = _sum_up(jacobian, shown.residual, weight)
-        columns = _columns(self.problem, batch, (side, 1 - side), focal=True)
+        residual = self._weigh(batch, side, shown.residual)
+        # The error of a point behind the camera has no useful slope.
+        weight = self.problem.weight[batch.rows] * batch.used * (shown.depth == shown.seen[..., 2])
+        weight = weight / (1 + (residual**2).sum(axis=-1) / self.kernel**2)
+        matrix, gradient = _sum_up(jacobian, residual, weight)
+        columns = edge_columns(self.problem, batch, (side, 1 - side), focal=True)
         by_depth = weight[..., None] * jacobian[..., 6]  # an anchor's depth moves its points as the scale does
         return EdgeBlock(columns=columns, matrix=matrix, gradient=gradient), DepthBlock(
             anchors=self.problem.anchor[batch.rows, side],
             columns=columns,
-            coupling=(by_depth[..., None, :] @ jacobian)[..., 0, :],
+            coupling=by_depth[..., :1] * jacobian[..., 0, :] + by_depth[..., 1:] * jacobian[..., 1, :],
             diagonal=(by_depth * jacobian[..., 6]).sum(axis=-1),
-            gradient=(by_depth * shown.residual).sum(axis=-1),
+            gradient=(by_depth * residual).sum(axis=-1),
         )
 
     def _jacobian(self, scene: Scene, batch: Batch, side: int, shown: _Projection) -> Float64:
         """[B, K, 2, 15]: turn, shift and scale of the source, turn and shift of the target, then both focal lengths."""
         source = self.problem.pairs[batch.edges, side].astype(np.int64)
-        across = np.zeros((*shown.depth.shape, 2, 3))
-        across[..., 0, 0] = across[..., 1, 1] = shown.focal / shown.depth
-        across[..., 2] = -shown.pixel / shown.depth[..., None]
+        across = self._weigh(batch, side, _by_point(shown))
         back = across @ shown.turn[:, None]
         jacobian = np.zeros((*shown.depth.shape, 2, 2 * PER_IMAGE + 1))
         jacobian[..., 0:3] = _cross(back, shown.points)
@@ -206,7 +218,7 @@ class FineLoss:
         by_focal = -shown.points * (steep / np.maximum(1.0 + steep, LEAST_RELATIVE))[..., None]
         by_focal[..., :2] -= shown.points[..., :2]
         jacobian[..., 13] = (back @ by_focal[..., None])[..., 0]
-        jacobian[..., 14] = shown.pixel
+        jacobian[..., 14] = self._weigh(batch, side, shown.pixel)
         return jacobian
 
 
@@ -228,6 +240,24 @@ class _Projection:
     """[B, K, 2]."""
 
 
+def _by_point(shown: _Projection) -> Float64:
+    """[B, K, 2, 3] change of the pixel with the point in the target's frame."""
+    across = np.zeros((*shown.depth.shape, 2, 3))
+    across[..., 0, 0] = across[..., 1, 1] = shown.focal / shown.depth
+    across[..., 2] = -shown.pixel / shown.depth[..., None]
+    return across
+
+
+def _change_of_depth(problem: PointmapProblem) -> Float64:
+    """[A] relative change of depth from pixel to pixel in an anchor's cell, by the spread of its matches."""
+    anchor, count = problem.anchor.ravel(), len(problem.anchor_depth)
+    value = np.log(np.maximum(problem.offset, LEAST_RELATIVE)).ravel()
+    number = np.bincount(anchor, minlength=count)
+    mean = np.bincount(anchor, value, count) / np.maximum(number, 1)
+    variance = np.bincount(anchor, (value - mean[anchor]) ** 2, count) / np.maximum(number - 1, 1)
+    return np.asarray(np.sqrt(variance) / _SPREAD_PX)
+
+
 def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64) -> Scene:
     """The scene after a step of the unknowns [P] and of the depths [A]."""
     images = problem.num_images
@@ -246,16 +276,6 @@ def move(problem: PointmapProblem, scene: Scene, step: Float64, depths: Float64)
 def _cauchy(size: Float64, weight: Float64, kernel: float) -> float:
     value = 0.5 * kernel**2 * np.log1p((size / kernel) ** 2)
     return float((weight * value).sum() / max(float(weight.sum()), 1e-300))
-
-
-def _columns(problem: PointmapProblem, batch: Batch, sides: Sequence[int], focal: bool = False) -> Int64:
-    """Unknowns of both images of the batch's edges [B, 14], or as `FineLoss._jacobian` has them [B, 15]."""
-    images = problem.pairs[batch.edges][:, list(sides)].astype(np.int64)
-    columns = (PER_IMAGE * images[:, :, None] + np.arange(PER_IMAGE)).reshape(len(images), -1)
-    if not focal:
-        return columns
-    cameras = PER_IMAGE * problem.num_images + problem.camera_of_image[images].astype(np.int64)
-    return np.concatenate([columns[:, :-1], cameras], axis=1)
 
 
 def _by_source(problem: PointmapProblem) -> list[list[tuple[int, Batch]]]:

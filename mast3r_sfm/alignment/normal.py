@@ -10,17 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse
 from scipy.sparse.linalg import splu
 
-from mast3r_sfm.types import Bool, Float64, Int64
+from mast3r_sfm.alignment.problem import Batch, PointmapProblem
+from mast3r_sfm.types import Bool, Float64, Int32, Int64
 
 PER_IMAGE = 7
 DENSE = 3000
 """Unknowns up to which a dense factorisation is the faster one: then most images share points with most others."""
+FILLED = 4
+"""Equations of depths are kept as a dense matrix where one entry in so many or more is not zero."""
 _TINY = 1e-300
 
 
@@ -58,12 +62,29 @@ class Depths:
 
     anchors: Int64
     """[a]."""
-    coupling: scipy.sparse.csr_array
-    """[a, P]."""
+    coupling: Float64 | scipy.sparse.csr_array
+    """[a, P], dense where that is the faster way."""
     diagonal: Float64
     """[a] positive."""
     gradient: Float64
     """[a]."""
+
+
+class _Entries(NamedTuple):
+    """Entries of a matrix that add up where they stand in one place."""
+
+    rows: Int32
+    columns: Int32
+    values: Float64
+    shape: tuple[int, int]
+
+    def summed(self) -> Float64 | scipy.sparse.csr_array:
+        """The matrix, dense where one place in FILLED or more has an entry."""
+        height, width = self.shape
+        if len(self.values) * FILLED > height * width:
+            place = self.rows.astype(np.int64) * width + self.columns
+            return np.asarray(np.bincount(place, self.values, height * width).reshape(self.shape))
+        return scipy.sparse.coo_array((self.values, (self.rows, self.columns)), shape=self.shape).tocsr()
 
 
 def sum_depths(blocks: Sequence[DepthBlock], unknowns: int, prior: float, value: Float64) -> Depths:
@@ -84,12 +105,12 @@ def sum_depths(blocks: Sequence[DepthBlock], unknowns: int, prior: float, value:
         columns.append(np.broadcast_to(block.columns.astype(np.int32)[:, None], block.coupling.shape).ravel())
         values.append(block.coupling.ravel())
         start += edges * matches
-    table = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    entries = _Entries(np.concatenate(rows), np.concatenate(columns), np.concatenate(values), (len(named), unknowns))
     diagonal: Float64 = np.concatenate([block.diagonal.ravel() for block in blocks])
     gradient: Float64 = np.concatenate([block.gradient.ravel() for block in blocks])
     return Depths(
         anchors=named,
-        coupling=scipy.sparse.coo_array(table, shape=(len(named), unknowns)).tocsr(),
+        coupling=entries.summed(),
         diagonal=np.asarray(prior + np.bincount(where, diagonal, len(named)), np.float64),
         gradient=prior * value[named] + np.bincount(where, gradient, len(named)),
     )
@@ -115,20 +136,35 @@ class NormalEquations:
         Raises:
             ArithmeticError: the equations cannot be solved; more damping may help.
         """
-        matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
         right = -self.gradient
         for depths in self.depths:
-            diagonal = (1 + damping) * depths.diagonal
-            scaled = scipy.sparse.diags_array(1 / np.sqrt(diagonal)) @ depths.coupling
-            matrix = matrix - scaled.T @ scaled
-            right += depths.coupling.T @ (depths.gradient / diagonal)
+            right += depths.coupling.T @ (depths.gradient / ((1 + damping) * depths.diagonal))
         step = np.zeros(len(right))
-        free = np.flatnonzero(self.free)
-        step[free] = _solve_scaled(scipy.sparse.csr_array(matrix)[free][:, free], right[free])
+        matrix, free = self.reduced(damping)
+        step[free] = _solve_scaled(matrix, right[free])
         change = np.zeros(self.num_anchors)
         for depths in self.depths:
             change[depths.anchors] = -(depths.gradient + depths.coupling @ step) / ((1 + damping) * depths.diagonal)
         return step, change
+
+    def reduced(self, damping: float) -> tuple[Float64 | scipy.sparse.csr_array, Int64]:
+        """Matrix [F, F] of the free unknowns without the depths, dense for few unknowns, and their numbers [F]."""
+        free = np.flatnonzero(self.free)
+        matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
+        dense = matrix.toarray() if len(free) <= DENSE else None
+        for depths in self.depths:
+            scale = 1 / np.sqrt((1 + damping) * depths.diagonal)
+            if isinstance(depths.coupling, np.ndarray):
+                scaled = scale[:, None] * depths.coupling
+            else:
+                scaled = scipy.sparse.diags_array(scale) @ depths.coupling
+            share = scaled.T @ scaled
+            if dense is None:
+                matrix = matrix - scipy.sparse.csr_array(share)
+            else:
+                # An array from the start: sorting what a sparse matrix is made of takes longer than making it.
+                dense -= share if isinstance(share, np.ndarray) else share.toarray()
+        return scipy.sparse.csr_array(matrix)[free][:, free] if dense is None else dense[np.ix_(free, free)], free
 
 
 def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int) -> tuple[scipy.sparse.csr_array, Float64]:
@@ -144,12 +180,12 @@ def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int) -> tuple[scipy.sparse.
     return scipy.sparse.coo_array(table, shape=(unknowns, unknowns)).tocsr(), gradient
 
 
-def _solve_scaled(matrix: scipy.sparse.csr_array, right: Float64) -> Float64:
+def _solve_scaled(matrix: Float64 | scipy.sparse.csr_array, right: Float64) -> Float64:
     """Solve with rows and columns scaled to a diagonal of 1, since the unknowns have different units."""
     scale = 1 / np.sqrt(np.maximum(matrix.diagonal(), _TINY))
     try:
-        if len(right) <= DENSE:
-            dense = matrix.toarray() * scale[:, None] * scale
+        if isinstance(matrix, np.ndarray):
+            dense = matrix * scale[:, None] * scale
             solution = scipy.linalg.solve(dense, scale * right, assume_a="pos", check_finite=False)
         else:
             diagonal = scipy.sparse.diags_array(scale)
@@ -160,3 +196,16 @@ def _solve_scaled(matrix: scipy.sparse.csr_array, right: Float64) -> Float64:
     except (np.linalg.LinAlgError, RuntimeError) as singular:
         raise ArithmeticError(f"the normal equations are singular: {singular}") from singular
     return np.asarray(scale * solution, np.float64)
+
+
+def edge_columns(problem: PointmapProblem, batch: Batch, sides: Sequence[int], focal: bool = False) -> Int64:
+    """Unknowns of both images of the batch's edges: pose and scale of one and of the other [B, 14].
+
+    With the focal lengths, [B, 15]: the second scale is left out, and those of both images come last.
+    """
+    images = problem.pairs[batch.edges][:, list(sides)].astype(np.int64)
+    columns = (PER_IMAGE * images[:, :, None] + np.arange(PER_IMAGE)).reshape(len(images), -1)
+    if not focal:
+        return columns
+    cameras = PER_IMAGE * problem.num_images + problem.camera_of_image[images].astype(np.int64)
+    return np.concatenate([columns[:, :-1], cameras], axis=1)

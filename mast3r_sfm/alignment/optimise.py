@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, move
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, move
 from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
 from mast3r_sfm.errors import DivergedError
@@ -49,13 +50,21 @@ def gauge(problem: PointmapProblem) -> Bool:
     return fixed
 
 
-def minimise(loss: CoarseLoss | FineLoss, scene: Scene, stopping: Stopping) -> tuple[Scene, Course]:
+def minimise(
+    loss: CoarseLoss | FineLoss, scene: Scene, stopping: Stopping, held: Bool | None = None
+) -> tuple[Scene, Course]:
     """Bring the loss down from a start until it falls no further.
+
+    Args:
+        loss: to be brought down.
+        scene: the start.
+        stopping: when to stop.
+        held: [P] unknowns that stay; by default, those that `gauge` gives.
 
     Raises:
         DivergedError: the loss or a step is not finite; it names the step and the worst edges.
     """
-    fixed = gauge(loss.problem)
+    fixed = gauge(loss.problem) if held is None else held
     history = [loss.value(scene)]
     damping = stopping.first_damping
     while len(history) <= stopping.max_steps:

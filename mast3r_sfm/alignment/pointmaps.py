@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mast3r_sfm.alignment.coarse import CoarseLoss
 from mast3r_sfm.alignment.edges import components
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors
+from mast3r_sfm.alignment.losses import FineLoss, Priors
+from mast3r_sfm.alignment.normal import PER_IMAGE
 from mast3r_sfm.alignment.optimise import Course, Stopping, minimise
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
 from mast3r_sfm.alignment.start import average_start, edge_similarities, tree_start
 from mast3r_sfm.alignment.tree import TreeKind
+from mast3r_sfm.alignment.uncertainty import Deviations, deviations
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.types import Bool, Float64, Int32
 
@@ -55,6 +58,8 @@ class PointmapAlignment:
     """[N] median reprojection error of an image's matches; 0 for images that are not placed."""
     good_edges: Int32
     """[N]."""
+    deviations: Deviations
+    """Of the poses, by the noise of the matches."""
     courses: tuple[Course, ...]
     """One per kernel of either stage."""
 
@@ -84,7 +89,7 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
     coarse = scene
     for kernel, stopping in _schedule(options, options.fine_kernels_px):
         kept, placed = _largest(problem, kept)
-        fine = FineLoss(problem.with_edges(kept), kernel, options.priors, options.move_depths)
+        fine = FineLoss(problem.with_edges(kept), kernel, options.priors, options.move_depths, near=scene)
         scene, course = minimise(fine, scene, stopping)
         courses.append(course)
         errors = FineLoss(problem, kernel, options.priors, options.move_depths).residuals(scene)
@@ -97,6 +102,7 @@ def align_pointmaps(problem: PointmapProblem, options: PointmapOptions) -> Point
         placed=placed,
         residual_px=_median_per_image(problem, errors, kept),
         good_edges=np.bincount(problem.pairs[kept].ravel(), minlength=problem.num_images).astype(np.int32),
+        deviations=deviations(fine, scene, np.zeros(PER_IMAGE * problem.num_images + problem.num_cameras, bool)),
         courses=tuple(courses),
     )
 

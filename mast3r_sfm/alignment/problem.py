@@ -38,6 +38,9 @@ class PointmapProblem:
     """[M, 2] depth over the anchor's."""
     weight: Float64
     """[M] trust in the match, of mean 1 or so."""
+    place_error_px: float = 0.0
+    """How far off a match is in the image that its point comes from. What that does to its depth, where surfaces are
+    steep or end, the fine loss allows for."""
 
     def __post_init__(self) -> None:
         images, matches, anchors = len(self.base_focal_px), len(self.weight), len(self.anchor_depth)

@@ -23,7 +23,7 @@ from mast3r_sfm.geometry.known_poses import KnownPoses
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
 from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
-CODE_VERSION = 3
+CODE_VERSION = 5
 BRIDGE_LEAD = 2.0
 """How many times the evidence of refuted pairs the only pair between two halves must have to be believed."""
 
@@ -139,11 +139,15 @@ def _align_pointmaps(
     kept = ~judged  # what could not be compared has not been refuted either
     kept[judged] = aligned.kept
     steps = sum(len(course.history) - 1 for course in aligned.courses)
+    poses = aligned.scene.cam_from_world
+    baseline = _mean_baseline(poses, make_edges(matches, averaged.images).pairs[kept])
     return replace(
-        _with_poses(averaged, matches, aligned.scene.cam_from_world, kept),
+        _with_poses(averaged, matches, poses, kept),
         history=aligned.courses[-1].history,
         stop_reason=f"pointmaps settled after {steps} steps",
         focal_px=pinholes.pixel_scale * aligned.scene.focal_px[problem.camera_of_image],
+        rotation_sigma_deg=aligned.deviations.rotation_deg,
+        position_sigma=aligned.deviations.position / baseline,
     )
 
 
@@ -171,17 +175,20 @@ def _with_poses(
     """The part with other poses, scaled to a mean baseline of 1, that rest on the edges `kept` [E]."""
     pairs = make_edges(matches, averaged.images).pairs
     rotation, first, second = cam_from_world[:, :, :3], pairs[:, 0], pairs[:, 1]
-    centres = camera_centre(cam_from_world)
-    baseline = float(np.linalg.norm(centres[second] - centres[first], axis=1)[kept].mean())
     turned = rotation[second] @ rotation[first].transpose(0, 2, 1)
     missed = angle_between_rotations(np.array([match.second_from_first[:, :3] for match in matches]), turned)
     return replace(
         averaged,
         edges=np.flatnonzero(kept).astype(np.int32),
-        cam_from_world=make_pose(rotation, cam_from_world[:, :, 3] / max(baseline, 1e-12)),
+        cam_from_world=make_pose(rotation, cam_from_world[:, :, 3] / _mean_baseline(cam_from_world, pairs[kept])),
         residual_deg=_median_per_image(pairs[kept], np.degrees(missed[kept]), len(averaged.images)),
         num_edges=_edges_per_image(pairs[kept], len(averaged.images)),
     )
+
+
+def _mean_baseline(cam_from_world: Float64, pairs: Int32) -> float:
+    centres = camera_centre(cam_from_world)
+    return max(float(np.linalg.norm(centres[pairs[:, 1]] - centres[pairs[:, 0]], axis=1).mean()), 1e-12)
 
 
 def _hold_together(problem: PointmapProblem, start: TreeKind | None) -> PointmapAlignment | None:

@@ -137,8 +137,12 @@ def tree_start(problem: PointmapProblem, similar: EdgeSimilarities, kind: TreeKi
     """
     evidence = _weighted(problem, similar).weight
     enough = saturating_score(len(problem.anchor_depth) / problem.num_images)
-    (tree,) = kinematic_trees(problem.pairs, evidence, problem.num_images, kind, enough)
     number = {(first, second): edge for edge, (first, second) in enumerate(problem.pairs.tolist())}
+    # A clustering may join images that stand for their clusters and are no pair: then the maximum tree has to do.
+    for one in (kind, TreeKind.MAXIMUM):
+        (tree,) = kinematic_trees(problem.pairs, evidence, problem.num_images, one, enough)
+        if all(tuple(sorted(pair)) in number for pair in tree.edges.tolist()):
+            break
     rotations, centres = np.tile(np.eye(3), (problem.num_images, 1, 1)), np.zeros((problem.num_images, 3))
     log_scale = np.zeros(problem.num_images)
     for parent, child in tree.edges.tolist():

@@ -36,7 +36,7 @@ def pose_sigmas(model: ColmapModel) -> dict[int, tuple[float, float]] | None:
         return None
     poses = np.array([model.poses()[number] for number in numbers])
     tangent = _covariance(model.reconstruction, [number + 1 for number in numbers])
-    if tangent is None:
+    if tangent is None or not np.isfinite(tangent).all():
         return None
     centres = camera_centre(poses)
     extent = float(np.linalg.norm(centres[:, None] - centres[None], axis=-1).max())
@@ -48,8 +48,6 @@ def pose_sigmas(model: ColmapModel) -> dict[int, tuple[float, float]] | None:
     observed, unknown = 2 * len(model.tracks().point), 3 * model.num_points + 6 * len(numbers)
     unit = residual_variance(model.reconstruction) * observed / max(observed - unknown, 1)
     variance = unit * ((free @ tangent) * free).sum(axis=1)
-    if not np.isfinite(variance).all():
-        return None
     sigma = np.sqrt(variance.clip(min=0).reshape(-1, 2, 3).sum(axis=2))
     return {
         number: (float(np.degrees(turn)), float(place)) for number, (turn, place) in zip(numbers, sigma, strict=True)

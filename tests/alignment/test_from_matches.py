@@ -19,10 +19,12 @@ from mast3r_sfm.config import AlignConfig, Config
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
 from mast3r_sfm.geometry.similarity import align_similarity
+from mast3r_sfm.reasons import rejected_pairs, why_left_out
 from mast3r_sfm.synthetic.render import View
 from mast3r_sfm.types import AlignmentResult, Bool, Camera, PairMatches, Rig
+from tests.exact import turned_wrong
 from tests.pointmaps import oracle_matches
-from tests.scenes import HEIGHT_PX, WIDTH_PX, facade_views, room_views
+from tests.scenes import HEIGHT_PX, WIDTH_PX, facade_views, image_set, room_views
 
 NOISE = {"pixel_px": 1.0, "depth_relative": 0.01, "log_scale": 0.3, "log_focal": 0.03}
 VIEWS = {"facade": facade_views, "room": room_views}
@@ -82,6 +84,45 @@ def test_pointmaps_align_better_than_averages_and_find_the_focal_length(scene: s
     assert 0.0 < aligned.residual_deg.max() < 5.0
 
 
+@pytest.mark.parametrize("scene", VIEWS)
+def test_poses_spread_as_they_are_said_to(scene: str) -> None:
+    views = VIEWS[scene]()
+    truth = np.array([views[name].cam_from_world for name in sorted(views)])
+    rotation, position, sigma = [], [], []
+    for seed in range(4):
+        matches = oracle_matches(views, seed=seed, **NOISE)
+        (result,) = align(matches, len(views), AlignConfig(), _pinholes(views))
+        # In the frame that suits all images best, as the deviations are.
+        left, _, right = np.linalg.svd(
+            (result.cam_from_world[:, :, :3].transpose(0, 2, 1) @ truth[:, :, :3]).sum(axis=0)
+        )
+        found, exact = result.cam_from_world[:, :, :3] @ (left @ right), truth[:, :, :3]
+        rotation.append(np.degrees(angle_between_rotations(found, exact)))
+        centres, centre = camera_centre(result.cam_from_world), camera_centre(truth)
+        fit = align_similarity(centres, centre, collinear_ok=True)
+        position.append(np.linalg.norm(fit.apply(centres) - centre, axis=1) / fit.scale)
+        sigma.append((result.rotation_sigma_deg, result.position_sigma))
+    said = np.sqrt((np.array(sigma) ** 2).mean(axis=(0, 2)))
+    for spread, expected in zip((rotation, position), said, strict=True):
+        assert 0.5 < float(np.sqrt((np.array(spread) ** 2).mean())) / expected < 2.0
+
+
+def test_residuals_are_those_of_the_pairs_of_each_image() -> None:
+    matches, views = _noisy("room")
+    (result,) = align(matches, len(views), AlignConfig(), _pinholes(views))
+    pose = result.cam_from_world[:, :, :3]
+    missed = np.array(
+        [
+            np.degrees(angle_between_rotations(one.second_from_first[:, :3], pose[one.second] @ pose[one.first].T))
+            for one in matches
+        ]
+    )
+    for image, residual in enumerate(result.residual_deg):
+        inside = [image in (matches[edge].first, matches[edge].second) for edge in result.edges]
+        assert residual == pytest.approx(np.median(missed[result.edges][inside]), rel=1e-6)
+    assert 0.05 < result.residual_deg.max() < 3.0
+
+
 def test_many_pairs_get_fewer_matches_each(monkeypatch: pytest.MonkeyPatch) -> None:
     matches, views = _noisy("facade")
     images, rig = np.arange(len(views), dtype=np.int32), _pinholes(views).rig
@@ -90,6 +131,22 @@ def test_many_pairs_get_fewer_matches_each(monkeypatch: pytest.MonkeyPatch) -> N
         stated = problem_from_matches(matches, images, rig, 1.0)
         assert stated is not None
         assert np.diff(stated[0].start).tolist() == [min(len(match), expected) for match in matches]
+
+
+def test_what_single_pairs_are_wrong_by_in_depth_costs_little() -> None:
+    matches, views = _noisy("facade")
+    (before,) = align(matches, len(views), AlignConfig(), _pinholes(views))
+    bent = []
+    for match in matches:
+        # Three per cent, slowly over the image, and another way for each pair and image.
+        waves = [
+            0.03 * np.sin(match.first + 2 * match.second + xy[:, :1] / 30) for xy in (match.xy_first, match.xy_second)
+        ]
+        first, second = match.points_first * np.exp(waves[0]), match.points_second * np.exp(-waves[1])
+        bent.append(replace(match, points_first=first, points_second=second))
+    (after,) = align(bent, len(views), AlignConfig(), _pinholes(views))
+    for result in (before, after):
+        assert 0.02 < _errors(result, views)[0] < 0.25
 
 
 def test_a_known_focal_length_stays() -> None:
@@ -152,6 +209,45 @@ def test_a_pair_that_does_not_compare_is_left_in_peace() -> None:
     assert result.stop_reason.startswith("pointmaps settled")
     assert 4 in result.edges
     assert 0.02 < _errors(result, views)[0] < 0.45
+
+
+def _renumbered(matches: list[PairMatches], by: int) -> list[PairMatches]:
+    return [replace(match, first=match.first + by, second=match.second + by) for match in matches]
+
+
+def test_parts_that_share_no_pair_are_aligned_each_by_itself() -> None:
+    (facade, views), (room, others) = _noisy("facade"), _noisy("room")
+    rig = _pinholes(views).rig
+    number = len(views) + len(others)
+    pinholes = Pinholes(rig=replace(rig, camera_of_image=np.zeros(number, np.int32)), pixel_scale=1.0)
+    results = align([*facade, *_renumbered(room, len(views))], number, AlignConfig(), pinholes)
+    assert [result.images.tolist() for result in results] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert results[0].edges.tolist() == list(range(len(facade)))
+    assert results[1].edges.tolist() == list(range(len(facade), len(facade) + len(room)))
+    for result, shown in zip(results, (views, others), strict=True):
+        assert result.stop_reason.startswith("pointmaps settled")
+        rotation, position = _errors(replace(result, images=np.arange(len(shown), dtype=np.int32)), shown)
+        assert 0.02 < rotation < 0.45
+        assert 0.02 < position < 0.5
+
+
+def test_a_view_that_only_bad_edges_hold_is_left_out_and_named() -> None:
+    matches, views = _noisy("facade")
+    last, rng = len(views) - 1, np.random.default_rng(0)
+    bad = [turned_wrong(match, rng) if match.second == last else match for match in matches]
+    (result,) = align(bad, len(views), AlignConfig(), _pinholes(views))
+    assert result.images.tolist() == list(range(last))
+    assert result.stop_reason.startswith("pointmaps settled")
+    assert result.edges.tolist() == [number for number, match in enumerate(matches) if match.second != last]
+    rotation, position = _errors(result, {name: views[name] for name in sorted(views)[:last]})
+    assert 0.02 < rotation < 0.45
+    assert 0.02 < position < 0.5
+    photos = image_set(views)
+    said = why_left_out(last, bad, photos, {photos.names[image] for image in result.images})
+    assert said == f"its matches with {last} photos of the model contradict the model, or are too few"
+    named = rejected_pairs(bad, [result], photos.names)
+    assert {pair.second for pair in named} == {photos.names[last]}
+    assert len(named) == sum(match.second == last for match in matches)
 
 
 @pytest.mark.parametrize("problem", ["none", "torn"])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors, move
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, Priors, move
 from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
-from mast3r_sfm.alignment.problem import PointmapProblem, Scene, make_batches
+from mast3r_sfm.alignment.problem import PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.geometry.rigid import make_pose, rotation_from_axis_angle
 from mast3r_sfm.types import Float64
@@ -63,10 +64,14 @@ def _total_weight(loss: CoarseLoss | FineLoss) -> float:
     return float(loss.problem.weight.sum()) * (1 if isinstance(loss, CoarseLoss) else 2)
 
 
+@pytest.mark.parametrize("allowing", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_fine_gradient_is_the_slope_of_the_loss(shared: bool) -> None:
-    problem = _problem(shared)
-    loss, scene = _losses(problem)[1], _scene(problem)
+def test_the_fine_gradient_is_the_slope_of_the_loss(shared: bool, allowing: bool) -> None:
+    problem = replace(_problem(shared), place_error_px=1.0)
+    scene = _scene(problem)
+    loss = FineLoss(problem, 20.0, Priors(), near=scene if allowing else None)
+    assert (loss.value(scene) < FineLoss(problem, 20.0, Priors()).value(scene)) == allowing
+    np.testing.assert_array_equal(loss.residuals(scene), FineLoss(problem, 20.0, Priors()).residuals(scene))
     equations = loss.linearise(scene, _nothing_fixed(problem))
     still, unmoved = np.zeros(len(equations.gradient)), np.zeros(len(scene.log_depth))
     for unknown in range(len(equations.gradient)):
@@ -99,6 +104,50 @@ def test_the_coarse_gradient_is_the_slope_where_depth_stays() -> None:
         assert equations.gradient[unknown] == pytest.approx(slope, rel=1e-5, abs=1e-6)
 
 
+def test_moments_give_the_equations_of_single_matches() -> None:
+    problem, scene = _problem(), _scene(_problem())
+    loss, kernel = _losses(problem)[0], 0.3
+    unmoved, unknowns = np.zeros(len(scene.log_depth)), PER_IMAGE * IMAGES + problem.num_cameras
+
+    def world(at: Scene) -> Float64:
+        """[M, 3] differences, and [M] depths."""
+        points = [
+            camera_points(problem, at, np.arange(len(problem.weight))[:, None], images, side)[:, 0]
+            for side, images in enumerate(problem.pairs[problem.edge_of_match].T)
+        ]
+        poses = [at.cam_from_world[images] for images in problem.pairs[problem.edge_of_match].T]
+        placed = [
+            np.einsum("mji,mj->mi", pose[:, :, :3], local - pose[:, :, 3])
+            for pose, local in zip(poses, points, strict=True)
+        ]
+        return np.column_stack([placed[0] - placed[1], 0.5 * (points[0][:, 2] + points[1][:, 2])])
+
+    here = world(scene)
+    jacobian = np.zeros((len(here), 3, unknowns))
+    for unknown in range(PER_IMAGE * IMAGES):
+        step = np.zeros(unknowns)
+        step[unknown] = 1e-6
+        ends = [world(move(problem, scene, sign * step, unmoved))[:, :3] for sign in (1, -1)]
+        jacobian[:, :, unknown] = (ends[0] - ends[1]) / 2e-6 / here[:, 3:]
+    error = here[:, :3] / here[:, 3:]
+    weight = problem.weight / (1 + (error**2).sum(axis=1) / kernel**2)
+    equations = loss.linearise(scene, _nothing_fixed(problem))
+    expected = np.einsum("m,mrp,mrq->pq", weight, jacobian, jacobian)
+    np.testing.assert_allclose(equations.matrix.toarray(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        equations.gradient, np.einsum("m,mrp,mr->p", weight, jacobian, error), rtol=1e-6, atol=1e-7
+    )
+    np.testing.assert_allclose(loss.residuals(scene), np.linalg.norm(error, axis=1), rtol=1e-9)
+
+
+def test_points_are_placed_anew_where_depths_or_focal_lengths_changed() -> None:
+    problem, scene = _problem(), _scene(_problem())
+    loss = _losses(problem)[0]
+    loss.value(scene)
+    for other in (replace(scene, log_depth=scene.log_depth + 0.1), replace(scene, focal_px=1.1 * scene.focal_px)):
+        assert loss.value(other) == CoarseLoss(problem, 0.3).value(other) != loss.value(scene)
+
+
 def test_the_coarse_loss_does_not_fall_when_the_world_shrinks() -> None:
     problem, scene = _problem(), _scene(_problem())
     loss = _losses(problem)[0]
@@ -121,7 +170,7 @@ def test_losses_do_not_change_when_the_world_is_turned_and_moved() -> None:
 def _whole(equations: NormalEquations, damping: float) -> tuple[Float64, Float64]:
     """The step from the whole matrix, depths included."""
     free, (depths,) = np.flatnonzero(equations.free), equations.depths
-    coupling = depths.coupling[:, free]
+    coupling = scipy.sparse.csr_array(depths.coupling)[:, free]
     matrix = scipy.sparse.block_array(
         [[equations.matrix[free][:, free], coupling.T], [coupling, scipy.sparse.diags_array(depths.diagonal)]]
     ).toarray()
@@ -132,13 +181,18 @@ def _whole(equations: NormalEquations, damping: float) -> tuple[Float64, Float64
     return step, change
 
 
+@pytest.mark.parametrize("filled", [0, 1000])
 @pytest.mark.parametrize("dense", [0, 1000])
-def test_eliminating_depths_gives_the_step_of_the_whole(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eliminating_depths_gives_the_step_of_the_whole(
+    dense: int, filled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mast3r_sfm.alignment.normal.DENSE", dense)
+    monkeypatch.setattr("mast3r_sfm.alignment.normal.FILLED", filled)
     problem, scene = _problem(), _scene(_problem())
     fixed = _nothing_fixed(problem)
     fixed[:PER_IMAGE] = True
     equations = FineLoss(problem, 20.0, Priors()).linearise(scene, fixed)
+    assert isinstance(equations.depths[0].coupling, np.ndarray) == bool(filled)
     step, change = equations.solve(0.01)
     expected, expected_change = _whole(equations, 0.01)
     np.testing.assert_allclose(step, expected, rtol=1e-6, atol=1e-9)

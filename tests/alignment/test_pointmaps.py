@@ -9,12 +9,13 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from mast3r_sfm.alignment.losses import CoarseLoss, FineLoss, Priors
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, Priors
 from mast3r_sfm.alignment.optimise import Stopping, minimise
 from mast3r_sfm.alignment.pointmaps import PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem
 from mast3r_sfm.alignment.start import average_start, edge_similarities, tree_start
-from mast3r_sfm.alignment.tree import TreeKind
+from mast3r_sfm.alignment.tree import TreeKind, kinematic_trees, saturating_score
 from mast3r_sfm.errors import DivergedError, ReconstructionError
 from mast3r_sfm.geometry.rigid import (
     angle_between_rotations,
@@ -77,6 +78,22 @@ def test_a_tree_leads_to_the_same_place(scene: str, kind: TreeKind) -> None:
     ends = [measure(scene, problem, views) for scene in scenes]
     assert ends[0].rotation_deg == pytest.approx(ends[1].rotation_deg, abs=0.02)
     assert ends[0].position_percent == pytest.approx(ends[1].position_percent, abs=0.05)
+
+
+def test_a_clustering_that_joins_no_pair_gives_way_to_the_maximum_tree() -> None:
+    problem, _ = _noisy("facade")
+    # A path: clusters are joined by the images that stand for them, which need not be its neighbours.
+    path = problem.with_edges(problem.pairs[:, 1] - problem.pairs[:, 0] == 1)
+    similar = edge_similarities(path)
+    similar = replace(similar, support=np.ones(len(path.pairs)))
+    cells = len(path.anchor_depth) / path.num_images
+    evidence = np.diff(path.start).astype(np.float64)
+    (ward,) = kinematic_trees(path.pairs, evidence, path.num_images, TreeKind.WARD, saturating_score(cells))
+    assert any(abs(parent - child) > 1 for parent, child in ward.edges.tolist())
+    scene, agrees = tree_start(path, similar, TreeKind.WARD)
+    other, _ = tree_start(path, similar, TreeKind.MAXIMUM)
+    assert agrees.all()
+    np.testing.assert_array_equal(scene.cam_from_world, other.cam_from_world)
 
 
 def test_without_noise_the_result_is_exact_but_for_whole_pixels() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.losses import FineLoss, Priors
+from mast3r_sfm.alignment.optimise import Stopping, minimise
 from mast3r_sfm.alignment.pointmaps import PointmapAlignment, PointmapOptions, align_pointmaps
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene
+from mast3r_sfm.alignment.start import edge_similarities, tree_start
+from mast3r_sfm.alignment.tree import TreeKind
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre
 from mast3r_sfm.geometry.similarity import align_similarity
 from mast3r_sfm.types import Float64
@@ -161,6 +166,30 @@ def test_errors_with_one_camera_are_not_above_the_reference_s(golden: Mapping[st
 
 
 MEASURES = ("rotation_deg", "position_percent", "relative_deg", "focal_percent")
+
+
+def _without_judgement(problem: PointmapProblem) -> Scene:
+    """Settings like the reference's: a tree by the number of matches, losses that level off late, all edges kept."""
+    similar = edge_similarities(problem)
+    alike = replace(similar, support=np.ones(len(similar.support)))
+    scene, _ = tree_start(problem, alike, TreeKind.MAXIMUM)
+    scene, _ = minimise(CoarseLoss(problem, 1.0), scene, Stopping())
+    scene, _ = minimise(FineLoss(problem, 10.0, Priors()), scene, Stopping())
+    return scene
+
+
+def test_settings_like_the_reference_s_fail_where_a_fifth_is_nonsense(
+    golden: Mapping[str, Float64], clean: tuple[PointmapProblem, PointmapAlignment]
+) -> None:
+    before = _own(golden, clean[0], _without_judgement(clean[0]))
+    for name in MEASURES:
+        assert getattr(before, name).mean() < 1.3 * getattr(_own(golden, clean[0], clean[1].scene), name).mean(), name
+    for seed in range(4):
+        nonsense = tuple(np.random.default_rng(seed).choice(PAIRS, round(PAIRS / 5), replace=False).tolist())
+        problem = _problem(golden, nonsense=nonsense, seed=seed)
+        after = _own(golden, problem, _without_judgement(problem))
+        assert after.position_percent.mean() > 2 * before.position_percent.mean()
+        assert after.focal_percent.mean() > 2 * before.focal_percent.mean()
 
 
 def test_a_fifth_of_nonsense_costs_no_more_than_leaving_it_out(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mast3r_sfm.colmap.model import read_model
@@ -11,6 +13,7 @@ from mast3r_sfm.config import Config, RunOptions
 from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm.evaluation.metrics import compare
 from mast3r_sfm.evaluation.truth import read_truth_json
+from mast3r_sfm.geometry.rigid import angle_between_rotations
 from mast3r_sfm.pipeline import reconstruct
 from mast3r_sfm.report import read_report
 
@@ -44,3 +47,15 @@ def test_a_camera_that_only_turned(data_dir: Path, tmp_path: Path) -> None:
         reconstruct(photos / "images", tmp_path, Config(), OPTIONS)
     assert "pure rotation" in read_report(tmp_path)["error"]
     assert not list((tmp_path / "sparse").glob("*/images.bin"))
+    (part,) = json.loads((tmp_path / "rotations.json").read_text())["parts"]
+    assert part["kind"] == "pure rotation"
+    truth = read_truth_json(photos / "gt.json").cam_from_world
+    assert [photo["name"] for photo in part["photos"]] == sorted(truth)
+    turned = np.array([photo["cam_from_world_rotation"] for photo in part["photos"]])
+    exact = np.array([truth[photo["name"]][:, :3] for photo in part["photos"]])
+    first, second = np.triu_indices(12, 1)
+    relative = [rotations[second] @ rotations[first].transpose(0, 2, 1) for rotations in (turned, exact)]
+    missed = np.degrees(angle_between_rotations(relative[0], relative[1]))
+    assert 1e-4 < missed.max() < 0.1
+    assert part["photos"][0]["focal_px"] == pytest.approx(1500, rel=0.005)
+    assert all(1e-4 < photo["sigma_deg"] < 0.05 for photo in part["photos"])

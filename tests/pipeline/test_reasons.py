@@ -11,8 +11,8 @@ import pytest
 
 from mast3r_sfm.alignment.stage import align
 from mast3r_sfm.config import AlignConfig
-from mast3r_sfm.reasons import rejected_pairs, why_left_out, why_nothing
-from mast3r_sfm.types import ImageRecord, ImageSet, PairMatches, Verdict
+from mast3r_sfm.reasons import describe_turns, rejected_pairs, say_turn, why_left_out, why_nothing
+from mast3r_sfm.types import AlignmentResult, ImageRecord, ImageSet, PairMatches, Verdict
 from tests.exact import ring, turned_wrong
 
 
@@ -49,6 +49,10 @@ def photos(number: int) -> ImageSet:
         ([pair(3, 4, Verdict.GOOD)], r"matches only 4\.jpg, too little"),
         ([pair(0, 3, Verdict.PURE_ROTATION), pair(1, 3, Verdict.WEAK, 0)], r"same point as 0\.jpg"),
         (
+            [pair(3, 4, Verdict.PURE_ROTATION)],
+            r"pure rotation: shows the same place as 4\.jpg, but from the same point",
+        ),
+        (
             [pair(0, 3, Verdict.GOOD), pair(1, 3, Verdict.PURE_ROTATION)],
             "with 2 photos of the model contradict",
         ),
@@ -72,6 +76,35 @@ def test_why_there_is_nothing() -> None:
     assert "no two photos" in marked
     assert "1 pairs match only on" in marked
     assert "watermark" in marked
+
+
+def test_what_is_known_of_a_turning_camera_is_said() -> None:
+    turn = AlignmentResult(
+        images=np.array([1, 3], np.int32),
+        edges=np.array([0], np.int32),
+        cam_from_world=np.tile(np.eye(3, 4), (2, 1, 1)),
+        residual_deg=np.array([0.1, 0.2]),
+        history=(1.0,),
+        stop_reason="",
+        focal_px=np.array([80.0, 90.0]),
+        rotation_sigma_deg=np.array([0.011, 0.027]),
+    )
+    turning = [pair(1, 3, Verdict.PURE_ROTATION)]
+    assert "rotations.json" not in why_nothing(turning)
+    expected = "known (to about 0.027°, as far as the noise of the matches goes), and stands in rotations.json"
+    assert expected in why_nothing(turning, [turn])
+    said = say_turn(turn, photos(5).names)
+    assert "pure rotation: 2 photos, from 1.jpg to 3.jpg" in said
+    assert expected in said
+    (part,) = describe_turns([turn], photos(5).names)
+    assert part["kind"] == "pure rotation"
+    assert part["photos"][1] == {
+        "name": "3.jpg",
+        "cam_from_world_rotation": np.eye(3).tolist(),
+        "focal_px": 90.0,
+        "residual_deg": 0.2,
+        "sigma_deg": 0.027,
+    }
 
 
 def test_nothing_was_matched() -> None:
