@@ -7,18 +7,16 @@ in `Config`, so that it never enters a cache key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
-import tomllib
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from mast3r_sfm.errors import ConfigError
+from mast3r_sfm.settings import Untyped, build, read_toml, toml_value
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -338,7 +336,7 @@ class Config:
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Config:
         """Build from nested tables, as TOML gives them. Unknown names and wrong types raise ConfigError."""
-        config: Config = _build(cls, values, "")
+        config: Config = build(cls, values)
         return config
 
     @classmethod
@@ -363,7 +361,7 @@ class Config:
                 table = table.setdefault(part, {})
                 if not isinstance(table, dict):
                     raise ConfigError(f"--set {text}: {part} is a value, not a stage")
-            table[path[-1]] = _Text(value.strip())
+            table[path[-1]] = Untyped(value.strip())
         return Config.from_mapping(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -375,7 +373,7 @@ class Config:
         lines = [f"seed = {self.seed}"]
         for name, value in self.to_dict().items():
             if isinstance(value, dict):
-                lines += ["", f"[{name}]", *(f"{key} = {_toml(entry)}" for key, entry in value.items())]
+                lines += ["", f"[{name}]", *(f"{key} = {toml_value(entry)}" for key, entry in value.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -408,61 +406,3 @@ def fingerprint(*parts: object) -> str:
 
     text = json.dumps(parts, sort_keys=True, default=plain, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file. Raises ConfigError where it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-
-
-def _toml(value: object) -> str:
-    # JSON writes numbers, booleans and text as TOML does, except for its escapes of characters such as 𝄞.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-class _Text(str):
-    """A value that came as text and is still to be parsed by the type of its setting."""
-
-
-def _build(cls: type, values: Mapping[str, object], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
-            raise ConfigError(f"there is no setting {prefix}{name}; {hint}")
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix}{name} is a stage; set one of its keys, as {prefix}{name}.key=value")
-            arguments[name] = _build(hints[name], value, f"{prefix}{name}.")
-        else:
-            arguments[name] = _parse(value, hints[name], f"{prefix}{name}")
-    return cls(**arguments)
-
-
-def _parse(value: object, kind: Any, name: str) -> object:
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return str(value)
-        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(map(str, get_args(kind)))}")
-    if get_origin(kind) in (Union, types.UnionType):
-        inner = [option for option in get_args(kind) if option is not type(None)]
-        return None if value is None or value == _Text("none") else _parse(value, inner[0], name)
-    if kind is bool and isinstance(value, _Text) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if kind in (int, float) and isinstance(value, _Text):
-        try:
-            return kind(value)
-        except ValueError as error:
-            raise ConfigError(f"{name} = {str(value)!r}: must be a number of type {kind.__name__}") from error
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return str(value) if kind is str else value
-    raise ConfigError(f"{name} = {value!r}: must be of type {kind.__name__}")

@@ -23,7 +23,7 @@ from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
-from mast3r_sfm.held import summarise_images
+from mast3r_sfm.image_summaries import summarise_images
 from mast3r_sfm.images.listing import list_images
 from mast3r_sfm.images.loading import decode_photo, load_grey
 from mast3r_sfm.images.masks import Masks, VisibleTokens

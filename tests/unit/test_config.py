@@ -62,7 +62,17 @@ def configs(draw: st.DrawFn) -> Config:
     for name in draw(st.sets(st.sampled_from(SETTINGS))):
         stage, key = name.split(".")
         tables.setdefault(stage, {})[key] = draw(values_of(name))
+    if tables.get("known"):
+        tables.get("map", {}).pop("mapper", None)
     return Config.from_mapping(tables)
+
+
+@pytest.mark.parametrize("mapper", ["global", "incremental"])
+@pytest.mark.parametrize("known", ["known.intrinsics", "known.poses"])
+def test_mappers_of_colmap_hold_nothing_that_is_known(mapper: str, known: str) -> None:
+    Config().with_overrides([f"{known}=gt.json", "map.mapper=align"])
+    with pytest.raises(ConfigError, match=r"map\.mapper = .* must be align where cameras or poses are known"):
+        Config().with_overrides([f"{known}=gt.json", f"map.mapper={mapper}"])
 
 
 @given(config=configs())

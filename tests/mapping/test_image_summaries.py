@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mast3r_sfm import held as module
-from mast3r_sfm.held import summarise_images
+from mast3r_sfm.image_summaries import summarise_images
 from mast3r_sfm.mapping.stage import MapInput
 from mast3r_sfm.types import AlignmentResult
 from tests.exact import ring
