@@ -107,7 +107,7 @@ class Mapper:
         for number, camera in reconstruction.cameras.items():
             if camera.model != self._cache.camera(number).model:
                 _change_model(camera, self._without_distortion)
-        options, bundle = self._mapper_options(), self._bundle_options()
+        options, bundle = self._mapper_options(), self._bundle_options(rough=not settle)
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
         if not settle:
