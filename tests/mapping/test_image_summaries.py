@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mast3r_sfm import held as module
+from mast3r_sfm import image_summaries as module
 from mast3r_sfm.image_summaries import summarise_images
 from mast3r_sfm.mapping.stage import MapInput
 from mast3r_sfm.types import AlignmentResult
