@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mast3r_sfm.errors import InputError
+from mast3r_sfm.errors import InputError, some_of
 
 if TYPE_CHECKING:
     from mast3r_sfm.evaluation.metrics import Comparison
     from mast3r_sfm.evaluation.truth import Truth
     from mast3r_sfm.types import Float64
-
-_LISTED = 10
 
 
 @click.command()
@@ -107,8 +105,7 @@ def describe(comparison: Comparison) -> str:
         ("not in truth", comparison.unknown),
     ):
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            rows.append((what, ", ".join(names[:_LISTED]) + more))
+            rows.append((what, some_of(names)))
     width = max(len(label) for label, _ in rows) + 2
     return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 

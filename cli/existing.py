@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mast3r_sfm.config import Config, RunOptions
-from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm_cli.config import read_config, settings_options
 from mast3r_sfm_cli.folders import check_output
 from mast3r_sfm_cli.known import cameras_option
 from mast3r_sfm_cli.pairs import pairs_assignments, pairs_options
-from mast3r_sfm_cli.summary import missing_photos, summarise
+from mast3r_sfm_cli.running import run_and_report
 
 if TYPE_CHECKING:
     from mast3r_sfm.progress import Progress
@@ -91,24 +87,7 @@ def _run(flags: Mapping[str, Any], work: Callable[[Config, RunOptions, Progress]
     config = read_config(flags["config_file"], [*flags["assignments"], *given, *pairs_assignments(flags)])
     output: Path = flags["output"]
     check_output(flags["images"], output, overwrite=flags["overwrite"])
-
-    from mast3r_sfm_cli.progress import TerminalProgress
-
-    progress = TerminalProgress(quiet=flags["quiet"] or flags["as_json"])
     options = RunOptions(device=flags["device"], threads=flags["threads"], resume=flags["resume"])
-    try:
-        report = work(config, options, progress)
-    finally:
-        progress.finish()
-        with contextlib.suppress(OSError):
-            output.rmdir()  # only succeeds where nothing was written to it
-    if flags["as_json"]:
-        click.echo(json.dumps(dataclasses.asdict(report)))
-    elif not flags["quiet"]:
-        click.echo(summarise(report, output))
-    if not report.models:
-        click.echo(f"error: {report.error or 'no model could be made from these photos'}", err=True)
-        return ReconstructionError.exit_code
-    if missing := missing_photos(report):
-        progress.warn(missing)
-    return 0
+    return run_and_report(
+        lambda progress: work(config, options, progress), output, as_json=flags["as_json"], quiet=flags["quiet"]
+    )

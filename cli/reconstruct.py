@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +10,11 @@ from typing import Any
 import click
 
 from mast3r_sfm.config import RunOptions
-from mast3r_sfm.errors import ReconstructionError
 from mast3r_sfm_cli.config import read_config, settings_options
 from mast3r_sfm_cli.folders import check_output, image_folder, image_options
 from mast3r_sfm_cli.known import cameras_option, known_assignments, known_options
 from mast3r_sfm_cli.pairs import pairs_assignments, pairs_options
-from mast3r_sfm_cli.summary import missing_photos, summarise
+from mast3r_sfm_cli.running import run_and_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,23 +155,10 @@ def _run(flags: Flags) -> int:
     check_output(images, flags.output, overwrite=flags.overwrite)
 
     from mast3r_sfm.pipeline import reconstruct as run_pipeline
-    from mast3r_sfm_cli.progress import TerminalProgress
 
-    progress = TerminalProgress(quiet=flags.quiet or flags.as_json)
-    try:
-        report = run_pipeline(images, flags.output, config, options, progress)
-    finally:
-        progress.finish()
-        with contextlib.suppress(OSError):
-            flags.output.rmdir()  # only succeeds where nothing was written to it
-    if flags.as_json:
-        click.echo(json.dumps(dataclasses.asdict(report)))
-    elif not flags.quiet:
-        click.echo(summarise(report, flags.output))
-    if not report.models:
-        click.echo(f"error: {report.error or 'no model could be made from these photos'}", err=True)
-        return ReconstructionError.exit_code
-    missing = missing_photos(report)
-    if missing:
-        progress.warn(missing)
-    return 0
+    return run_and_report(
+        lambda progress: run_pipeline(images, flags.output, config, options, progress),
+        flags.output,
+        as_json=flags.as_json,
+        quiet=flags.quiet,
+    )

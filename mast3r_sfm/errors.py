@@ -14,6 +14,10 @@
 A message says what is wrong, where, and what to do next. `exit_code` is what the command line returns for it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class Mast3rSfmError(Exception):
     """Base of all errors of this package."""
@@ -51,3 +55,9 @@ class DivergedError(Mast3rSfmError):
     """An optimisation produced NaN or infinite values."""
 
     exit_code = 1
+
+
+def some_of(names: Sequence[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are, as messages list them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

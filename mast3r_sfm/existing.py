@@ -6,14 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from mast3r_sfm.config import Config, KnownConfig, RunOptions
-from mast3r_sfm.errors import ConfigError, InputError
+from mast3r_sfm.errors import ConfigError, InputError, some_of
 from mast3r_sfm.known import match_names
 from mast3r_sfm.known_files import KnownFile, read_known_file
 from mast3r_sfm.pipeline import reconstruct
 from mast3r_sfm.progress import Progress
 from mast3r_sfm.summaries import RunReport
-
-_LISTED = 10
 
 
 def triangulate(
@@ -94,7 +92,7 @@ def _check(file: KnownFile, images: Path) -> None:
         )
     without = sorted(file.poses.keys() - file.cameras.keys())
     if without:
-        raise InputError(f"{file.path} has poses but no cameras of {_some(without)}; a gt.json needs K, too")
+        raise InputError(f"{file.path} has poses but no cameras of {some_of(without)}; a gt.json needs K, too")
     if not images.is_dir():
         return  # `reconstruct` says so
     missing = sorted(name for name in file.poses if not (images / name).is_file())
@@ -103,11 +101,6 @@ def _check(file: KnownFile, images: Path) -> None:
         missing = sorted(file.poses.keys() - match_names(file.poses, present).keys())
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(file.poses)} images of {file.path} have no photo in {images}: {_some(missing)}; "
+            f"{len(missing)} of {len(file.poses)} images of {file.path} have no photo in {images}: {some_of(missing)}; "
             "all are needed, to be matched"
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -10,13 +10,12 @@ import numpy as np
 
 from mast3r_sfm.colmap.cameras import rescaled
 from mast3r_sfm.config import KnownConfig, fingerprint
-from mast3r_sfm.errors import InputError
+from mast3r_sfm.errors import InputError, some_of
 from mast3r_sfm.geometry.known_poses import KnownPoses
 from mast3r_sfm.known_files import KnownFile, read_known_file
 from mast3r_sfm.progress import Progress
 from mast3r_sfm.types import Camera, ImageRecord, ImageSet, LeftOut
 
-_LISTED = 5
 _MAX_ASPECT_PX = 1.0
 """Pixels by which a photo may be higher than its width and the camera's shape make it: sizes are whole numbers."""
 
@@ -60,7 +59,7 @@ class Known:
         posed = {self.photos.names[image] for image in self.poses.images}
         held, added = [name for name in registered if name in posed], [n for n in registered if n not in posed]
         manner = "fixed" if self.poses.is_fixed else "refined"
-        more = f"; {len(added)} more placed in their frame: {_some(added)}" if added else ""
+        more = f"; {len(added)} more placed in their frame: {some_of(added)}" if added else ""
         return f"{len(held)} of {len(posed)} photos with a known pose are in the model ({manner}){more}"
 
 
@@ -119,8 +118,8 @@ def _with_poses(known: Known, config: KnownConfig, file: KnownFile, progress: Pr
     scenes = sorted({file.scene.get(name, "") for name in photo_of})
     if len(scenes) > 1:
         raise InputError(
-            f"{file.path}: the photos' poses belong to {len(scenes)} scenes ({_some(scenes)}), which have no frame in "
-            "common; reconstruct one scene at a time"
+            f"{file.path}: the photos' poses belong to {len(scenes)} scenes ({some_of(scenes)}), which have no frame "
+            "in common; reconstruct one scene at a time"
         )
     photos = known.photos
     if config.only_posed:
@@ -178,7 +177,7 @@ def _with_cameras(known: Known, config: KnownConfig, file: KnownFile, progress: 
         group_of |= _of_groups(known.photos.records, group_of)
     left = [name for name in known.photos.names if name not in group_of]
     if left:
-        progress.note(f"{len(left)} photos have no camera in {file.path}, which is estimated: {_some(left)}")
+        progress.note(f"{len(left)} photos have no camera in {file.path}, which is estimated: {some_of(left)}")
     records = tuple(
         replace(record, camera_group=group_of.get(record.name, record.camera_group)) for record in known.photos.records
     )
@@ -215,7 +214,7 @@ def _by_size(file: KnownFile, photos: ImageSet) -> dict[str, Camera]:
         sizes = sorted({f"{camera.width_px}×{camera.height_px}" for camera in file.unnamed})
         first = photos.records[0]
         raise InputError(
-            f"{file.path} has cameras of {_some(sizes)} pixels, but no photo has such a size or shape: {first.name} "
+            f"{file.path} has cameras of {some_of(sizes)} pixels, but no photo has such a size or shape: {first.name} "
             f"has {first.width_px}×{first.height_px}, as stored, before any EXIF rotation"
         )
     return given
@@ -251,12 +250,12 @@ def _find_photos(
     unknown = sorted(set(named) - set(photo_of))
     if not photo_of:
         raise InputError(
-            f"{path} names none of the photos: it has {_some(unknown)}, and the photos are {_some(photos.names)}; "
+            f"{path} names none of the photos: it has {some_of(unknown)}, and the photos are {some_of(photos.names)}; "
             "names are paths relative to the folder of the photos"
         )
     if unknown:
         progress.note(
-            f"{path} tells the {what} of {len(unknown)} images that are not among the photos: {_some(unknown)}"
+            f"{path} tells the {what} of {len(unknown)} images that are not among the photos: {some_of(unknown)}"
         )
     return photo_of
 
@@ -268,8 +267,3 @@ def known_keys(key: str, *parts: tuple[object, ...]) -> str:
 
 def _plain(camera: Camera) -> dict[str, object]:
     return {**asdict(camera), "params": camera.params.tolist()}
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -92,8 +92,11 @@ def _align_all(
                 waiting.append(inside[kept])
             else:
                 if pinholes is not None:
-                    finish = _align_pointmaps if pinholes.own_depth else _refine
-                    result = finish([matches[edge] for edge in inside], result, pinholes, config)
+                    chosen = [matches[edge] for edge in inside]
+                    if pinholes.own_depth:
+                        result = _align_pointmaps(chosen, result, pinholes, config)
+                    else:
+                        result = _refine(chosen, result, pinholes)
                 results.append(replace(result, edges=inside[result.edges]))
     return sorted(results, key=lambda result: (-len(result.images), int(result.images[0])))
 
@@ -151,11 +154,8 @@ def _align_pointmaps(
     )
 
 
-def _refine(
-    matches: list[PairMatches], averaged: AlignmentResult, pinholes: Pinholes, config: AlignConfig
-) -> AlignmentResult:
+def _refine(matches: list[PairMatches], averaged: AlignmentResult, pinholes: Pinholes) -> AlignmentResult:
     """The part with the poses and focal lengths that agree best with all matches at once."""
-    del config
     scale = pinholes.pixel_scale
     straight, rig = straighten_matches(matches, pinholes.rig)
     problem = EpipolarProblem.of(straight, averaged.images, rig, scale)

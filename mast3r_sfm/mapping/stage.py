@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def build_models(
     mapper = Mapper(database, settings, Held.of(given.rig, given.fixed_poses))
     is_ours = settings.config.mapper == "align"
     is_rough = is_ours and refiner is not None
-    for model in (
+    for model, build_in_full in (
         _own_models(mapper, given, taken, progress, rough=is_rough)
         if is_ours
         else _models_by_colmap(database, settings, taken, progress)
@@ -133,9 +134,8 @@ def build_models(
         if refiner is not None and _is_large_enough(model):
             final = _refined(model, mapper, refiner, complete=not given.detected)
             update_keypoints(database, final.keypoints())
-        if final is model and is_rough:
-            # It stays as it was built, so that it has to be built in full.
-            final = mapper.build(model.poses(), grow=False)
+        if final is model:
+            final = build_in_full()
         taken.update(final.cam_from_world)
         models.append(final)
         if share < DOUBTFUL_SHARE:
@@ -152,9 +152,17 @@ def build_models(
     return [_in_known_frame(model, given.known) for model in order]
 
 
+_Built = tuple[ColmapModel, Callable[[], ColmapModel]]
+"""A model, and what gives it as it is to stay where its observations are not refined: built in full."""
+
+
+def _as_it_is(model: ColmapModel) -> ColmapModel:
+    return model
+
+
 def _own_models(
     mapper: Mapper, given: MapInput, taken: Set[str], progress: Progress, *, rough: bool
-) -> Iterator[ColmapModel]:
+) -> Iterator[_Built]:
     """The models that aligned parts lead to; `taken` grows with those that are kept."""
     with steps(progress, "map", len(given.parts), "model"):
         for part in given.parts:
@@ -169,7 +177,7 @@ def _own_models(
 
 def _models_by_colmap(
     database: Path, settings: MapperSettings, taken: Set[str], progress: Progress
-) -> Iterator[ColmapModel]:
+) -> Iterator[_Built]:
     """COLMAP's models, their groups each by itself, without images of those that were `taken` before."""
     with steps(progress, "map", 1, "model"):
         found = colmap_models(database, settings)
@@ -178,12 +186,13 @@ def _models_by_colmap(
         free = [image for image, name in model.names().items() if name not in taken]
         for group in model.restricted_to(free).groups(MIN_SHARED):
             if len(group) > 1:
-                yield model.restricted_to(group)
+                part = model.restricted_to(group)
+                yield part, partial(_as_it_is, part)
 
 
 def _coherent_models(
     mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str], fixed: Set[int] = frozenset(), *, rough: bool
-) -> Iterator[ColmapModel]:
+) -> Iterator[_Built]:
     """The model that poses lead to; its groups each by itself, where next to nothing holds them together.
 
     Args:
@@ -200,10 +209,11 @@ def _coherent_models(
             continue
         model = mapper.build(some, grow=grow, rough=rough)
         if taken & model.cam_from_world.keys():
-            model = mapper.build(some, grow=False, rough=rough)
+            grow = False
+            model = mapper.build(some, grow=grow, rough=rough)
         groups = _joined_by(fixed, model.groups(MIN_SHARED))
         if len(groups) == 1:
-            yield model
+            yield model, partial(mapper.build, some, grow=grow) if rough else partial(_as_it_is, model)
             continue
         # A group by itself takes in no others: it would grow to what has just been taken apart.
         found = model.poses()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mast3r_sfm.colmap.mapper import Mapper
@@ -92,9 +93,7 @@ def test_what_next_to_nothing_holds_together_is_taken_apart(tmp_path: Path, monk
     assert sorted(groups[0] + groups[1]) == sorted(whole.names())
 
 
-def test_a_model_that_refinement_ruins_is_as_good_as_one_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_refinement_ruins_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the last adjustment leaves no image, as where a focal length runs away."""
 
     class Ruining(Mapper):
@@ -107,6 +106,5 @@ def test_a_model_that_refinement_ruins_is_as_good_as_one_without(
     monkeypatch.setattr(stage, "Mapper", Ruining)
     (model,) = build_refined(given, tmp_path, refiner)
     assert len(refiner.calls) == 1
-    # It was built roughly, in the hope of refinement, and is built in full now.
-    assert sorted(model.poses()) == sorted(raw.poses())
-    assert worst_error(model, scene) < 1.1 * worst_error(raw, scene)
+    for image, pose in raw.poses().items():
+        np.testing.assert_array_equal(model.poses()[image], pose)

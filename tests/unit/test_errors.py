@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mast3r_sfm import errors
-from mast3r_sfm.errors import DivergedError, Mast3rSfmError, ReconstructionError
+from mast3r_sfm.errors import DivergedError, Mast3rSfmError, ReconstructionError, some_of
 
 EVERY = [
     value
@@ -30,3 +30,10 @@ def test_the_tree_in_the_docstring_is_complete() -> None:
 def test_one_except_clause_catches_all(kind: type[Mast3rSfmError]) -> None:
     with pytest.raises(Mast3rSfmError, match=r"photo\.jpg is empty"):
         raise kind("photo.jpg is empty")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, ""), (1, "a"), (3, "a, b, c"), (4, "a, b, c and 1 more"), (6, "a, b, c and 3 more")]
+)
+def test_of_many_names_the_first_are_listed_and_the_others_counted(count: int, text: str) -> None:
+    assert some_of("abcdef"[:count], most=3) == text
