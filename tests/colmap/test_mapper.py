@@ -72,6 +72,17 @@ def test_exact_tracks_give_exact_poses_and_the_focal_length(make_database: MakeD
     assert summary.mean_track_length == pytest.approx(NUMBER, abs=0.1)
 
 
+def test_a_rough_model_is_adjusted_less_and_good_enough_to_refine_from(make_database: MakeDatabase) -> None:
+    scene = arc()
+    noise = np.random.default_rng(4).normal(0, 1.0, (NUMBER, len(scene.points), 2))
+    matches = [noisy(scene, *pair, noise) for pair in combinations(range(NUMBER), 2)]
+    mapper = Mapper(make_database(scene, matches, focal_factor=1.3), settings())
+    full, rough = (mapper.build(nudged(scene, range(NUMBER)), rough=rough) for rough in (False, True))
+    assert rough.num_points == pytest.approx(full.num_points, rel=0.02)
+    apart = measure_pairs([rough.cam_from_world], full.cam_from_world, sorted(full.cam_from_world)).error_deg.max()
+    assert 1e-4 < apart < 0.1
+
+
 def test_noise_leaves_noise(make_database: MakeDatabase) -> None:
     scene = arc()
     noise = 0.5 * np.random.default_rng(0).normal(size=(NUMBER, 250, 2))
