@@ -276,7 +276,7 @@ class _Run:
 
     def _detect_sift(self, photos: ImageSet, images: Sequence[int]) -> KeypointSource:
         """The SIFT keypoints of some images."""
-        model = SiftModel()
+        model = SiftModel(threads=self.threads)
         records = [photos.records[image] for image in images]
         encoder = Encoder(model=model, root=photos.root, records=records, threads=self.threads, masks=self.masks)
         encodings, _ = encoder.encode("sift", self._cache("sift", encoder.key), self.recorder)

@@ -144,6 +144,12 @@ def test_a_broken_model_is_refused(model: ColmapModel, tmp_path: Path) -> None:
     assert process.stdout.splitlines() == expected, process.stderr
 
 
+def test_compression_works_after_our_import_of_pycolmap() -> None:
+    code = "import mast3r_sfm.colmap.model, zlib; print(len(zlib.decompress(zlib.compress(bytes(100_000)))))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert process.stdout.split() == ["100000"], process.stderr
+
+
 def test_points_take_the_colours_of_the_photos(model: ColmapModel, tmp_path: Path) -> None:
     (tmp_path / "left").mkdir()
     for image in range(4):

@@ -176,6 +176,9 @@ def test_the_same_image_has_the_same_keypoints_in_any_company() -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(SiftModel().encode(images[:1])[0], name))
     assert one.xy.shape != other.xy.shape or not np.array_equal(one.xy, other.xy)
     assert model.encode([]) == []
+    masked = replace(images[1], mask=PixelMask.of(np.ones(images[1].pixels.shape[:2], np.bool_)))
+    for mixed in SiftModel(threads=2).encode([images[0], masked, images[0]])[::2]:
+        np.testing.assert_array_equal(mixed.tokens, one.tokens)
 
 
 def test_what_changes_keypoints_changes_the_fingerprint() -> None:
@@ -184,7 +187,7 @@ def test_what_changes_keypoints_changes_the_fingerprint() -> None:
     assert SiftModel().fingerprint == models[0].fingerprint
     # The size stands in the preparation, which enters the keys by itself.
     assert SiftModel(size_px=512).preparation != models[0].preparation
-    assert models[0].images_at_once == 1
+    assert SiftModel(threads=2).fingerprint == models[0].fingerprint
 
 
 def test_a_mask_hides_keypoints_before_the_largest_are_chosen() -> None:
