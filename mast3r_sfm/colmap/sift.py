@@ -13,6 +13,7 @@ import pycolmap
 from numpy.typing import NDArray
 from PIL import Image
 
+from mast3r_sfm.errors import ArtifactError
 from mast3r_sfm.types import Encoding, Float64, LoadedImage, Preparation
 
 CODE_VERSION = 2
@@ -105,15 +106,17 @@ def _detect(images: Sequence[LoadedImage], keypoints: int, threads: int) -> list
 
 
 def _read_features(database: pycolmap.Database, name: str) -> _Features:
-    number = database.read_image_with_name(name).image_id
-    keypoints = np.asarray(database.read_keypoints(number), np.float64)
+    image = database.read_image_with_name(name)
+    if image is None:
+        raise ArtifactError(f"SIFT cannot read back what was written to {tempfile.gettempdir()}; is there space left?")
+    keypoints = np.asarray(database.read_keypoints(image.image_id), np.float64)
     # The last four numbers of a keypoint are the affine map of its frame; the scale is the mean length of its columns.
     columns = keypoints[:, 2:].reshape(-1, 2, 2)
     return _Features(
         xy=keypoints[:, :2],
         # Rounded, since one place may have several orientations, which are to stay in their order.
         scale=np.linalg.norm(columns, axis=1).mean(axis=1).round(4),
-        descriptors=np.asarray(database.read_descriptors(number).data),
+        descriptors=np.asarray(database.read_descriptors(image.image_id).data),
     )
 
 
