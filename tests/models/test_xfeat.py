@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kornia.feature.lightglue import CrossBlock
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import cKDTree
 
 from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.xfeat import model as module
-from mast3r_sfm.models.xfeat.hard_pairs import MAX_KEYPOINTS, HardPairMatcher
+from mast3r_sfm.models.xfeat.hard_pairs import MAX_KEYPOINTS, HardPairMatcher, _CrossAttention
 from mast3r_sfm.models.xfeat.model import XFeatModel
 from mast3r_sfm.models.xfeat.weights import weights_path
 from mast3r_sfm.types import Encoding, ImageRecord, LoadedImage, PixelMask, PixelTransform
@@ -156,6 +157,15 @@ def test_matching_hard_a_photo_with_itself(model: XFeatModel, encoding: Encoding
     index, _ = model.match_hard(encoding, encoding)
     assert len(index) > 0.5 * min(len(encoding.xy), MAX_KEYPOINTS)
     assert (index[:, 0] == index[:, 1]).mean() > 0.95
+
+
+def test_attention_between_images_is_that_of_kornia() -> None:
+    torch.manual_seed(0)
+    theirs = CrossBlock(16, 1).eval()
+    first, second = torch.randn(1, 30, 16), torch.randn(1, 50, 16)
+    with torch.inference_mode():
+        for mine, expected in zip(_CrossAttention(theirs)(first, second), theirs(first, second), strict=True):
+            torch.testing.assert_close(mine, expected)
 
 
 def test_matching_hard_with_nothing(model: XFeatModel, encoding: Encoding) -> None:

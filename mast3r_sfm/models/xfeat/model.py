@@ -20,7 +20,7 @@ from mast3r_sfm.models.xfeat.hard_pairs import HardPairMatcher
 from mast3r_sfm.models.xfeat.weights import read_weights, weights_path
 from mast3r_sfm.types import Encoding, LoadedImage, Preparation
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 STRIDE = 32
 """The network halves its input five times; other sizes are stretched to the next smaller multiple."""
 SIZE_PX = 1024
