@@ -141,11 +141,11 @@ def _is_path(text: str) -> bool:
 
 
 def _xfeat_problem() -> str:
-    from mast3r_sfm.models.xfeat.weights import weights_path
+    from mast3r_sfm.models.xfeat.weights import package_file
 
     try:
-        weights_path("xfeat.pt")
-        weights_path("xfeat-lighterglue.pt")
+        package_file("xfeat.pt")
+        package_file("xfeat-lighterglue.pt")
     except WeightsError as error:
         return str(error)
     return ""

