@@ -20,6 +20,8 @@ from mast3r_sfm.types import Bool, Float32, Float64, Int64, Verdict
 MAX_ITERATIONS = 3000
 MIN_ITERATIONS = 100
 """poselib's own 1,000 is ten times what a pair with many inliers needs."""
+HOMOGRAPHY_ITERATIONS = 500
+"""One that PLANAR_SHARE of the matches agree with is found in 30; how many agree with any other does not matter."""
 MIN_SAMPLE = 8
 PLANAR_SHARE = 0.75
 """Share of the inliers on one homography from which a pair is taken to show one plane, or to be a mere turn. Measured:
@@ -223,8 +225,9 @@ def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[
 
 def _as_link(edge: EpipolarEdge, kept: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
     """The edge with its homography and points; WEAK where the decodes that the points come from disagree."""
+    options = _ransac(kept, seed) | {"max_iterations": HOMOGRAPHY_ITERATIONS}
     homography, info = poselib.estimate_homography(
-        kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **_ransac(kept, seed)}
+        kept.xy_first, kept.xy_second, {"max_reproj_error": 1.5 * config.max_epipolar_error_px, **options}
     )
     share = float(info["num_inliers"]) / len(kept.xy_first)
     link = replace(edge, verdict=Verdict.GOOD, homography=np.asarray(homography, np.float64), homography_share=share)

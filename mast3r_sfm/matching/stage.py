@@ -24,7 +24,7 @@ from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 
 
 @dataclass(frozen=True, kw_only=True)

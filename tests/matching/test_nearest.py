@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mast3r_sfm.matching import nearest
 from mast3r_sfm.matching.nearest import ROWS_PER_BLOCK, Matches, mutual_nearest, mutual_nearest_plain
 
 COUNTS = st.integers(0, 12) | st.sampled_from([ROWS_PER_BLOCK - 1, ROWS_PER_BLOCK, ROWS_PER_BLOCK + 1, 300])
@@ -52,6 +53,18 @@ def test_the_fast_kernel_is_the_plain_one(kind: str, other: str, a: int, b: int,
     np.testing.assert_array_equal(found.similarity, expected.similarity)
     # The cosines are exact here, their roots are not.
     np.testing.assert_allclose(found.ratio, expected.ratio, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "tied"])
+def test_without_onednn_it_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    pair = descriptors(kind, rng, 300), descriptors(kind, rng, 200)
+    with_it, _ = both(*pair, 0.0)
+    monkeypatch.setattr(nearest, "_ONEDNN", False)
+    without, expected = both(*pair, 0.0)
+    for one, two, plain in zip(with_it, without, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_allclose(one, plain, rtol=1e-5)
 
 
 @settings(max_examples=50)
