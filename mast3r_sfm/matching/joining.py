@@ -1,0 +1,390 @@
+"""Parts of a collection joined by pairs none of which is believed alone.
+
+Two parts whose images are placed relative to each other are rigid but for one similarity between them. A pair of images
+across gives all of it but two lengths. What a second pair, of other images, matches has only these left to agree with,
+so that two pairs of a dozen matches each tell more than one of two dozen. By chance, each has a geometry of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+import poselib
+import scipy.optimize
+from scipy.spatial.transform import Rotation
+
+from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.geometry.epipolar import homogeneous, triangulate
+from mast3r_sfm.geometry.rigid import camera_centre
+from mast3r_sfm.matching.calibrated import View
+from mast3r_sfm.matching.check import EpipolarEdge
+from mast3r_sfm.matching.hard import MIN_AGREEING, MIN_AGREEING_SHARE
+from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int64, PairMatches, Verdict
+
+MAX_WEAK = 12
+"""Weak pairs between two parts that are looked at, those of most inliers."""
+MIN_FIRST = 6
+"""Matches of a second pair that must agree with the first for both to be looked into."""
+MAX_REFINEMENTS = 3
+MAX_STEPS = 30
+MIN_ITERATIONS, MAX_ITERATIONS = 100, 1000
+LENGTHS = (0.02, 50.0)
+"""Smallest and largest of what is solved for, a baseline and the scale of a part, over the spread of a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Images placed relative to each other, or one image."""
+
+    images: Int64
+    """[n] ascending."""
+    rotation: Float64
+    """[n, 3, 3] camera from part."""
+    centre: Float64
+    """[n, 3]; their spread about their mean is 1."""
+
+    @classmethod
+    def of(cls, aligned: AlignmentResult) -> Part:
+        """The images of an aligned part."""
+        centre = camera_centre(aligned.cam_from_world)
+        centre = centre - centre.mean(axis=0)
+        spread = float(np.sqrt((centre**2).sum(axis=1).mean()))
+        return cls(
+            images=aligned.images.astype(np.int64),
+            rotation=aligned.cam_from_world[:, :, :3],
+            centre=centre / max(spread, 1e-12),
+        )
+
+    @classmethod
+    def single(cls, image: int) -> Part:
+        """One image by itself."""
+        return cls(
+            images=np.array([image], np.int64),
+            rotation=np.eye(3)[None],
+            centre=np.zeros((1, 3)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """Where the second part is: X in the first = scale · rotation · X in the second + shift."""
+
+    rotation: Float64
+    """[3, 3]."""
+    shift: Float64
+    """[3]."""
+    scale: float
+
+    @classmethod
+    def of(cls, values: Float64) -> Similarity:
+        """From a rotation vector, a shift and the logarithm of a scale, [7]."""
+        return cls(
+            rotation=Rotation.from_rotvec(values[:3]).as_matrix(), shift=values[3:6], scale=float(np.exp(values[6]))
+        )
+
+    @property
+    def values(self) -> Float64:
+        """[7], see `of`."""
+        vector: Float64 = Rotation.from_matrix(self.rotation).as_rotvec()
+        return np.concatenate([vector, self.shift, [np.log(self.scale)]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeakPair:
+    """A pair across two parts with the matches that agree with a geometry of its own, in network pixels."""
+
+    number: int
+    """Of its edge."""
+    rotation: tuple[Float64, Float64]
+    """[3, 3] of both cameras, from their parts; of the image in the first part first, as in all that follows."""
+    centre: tuple[Float64, Float64]
+    images: tuple[int, int]
+    views: tuple[View, View]
+    xy: tuple[Float64, Float64]
+    """[M, 2]."""
+    is_distinct: Bool
+    num_putative: int
+    """Distinct matches that were judged."""
+    is_swapped: bool
+    """The edge's first image is in the second part."""
+    has_scale: bool
+    """The second part has several images."""
+
+    @cached_property
+    def directions(self) -> tuple[Float64, Float64]:
+        """[M, 3] viewing directions in the frames of both cameras, with a third coordinate of 1."""
+        first, second = (
+            homogeneous((xy - view.centre_px) / view.focal_px) for xy, view in zip(self.xy, self.views, strict=True)
+        )
+        return first, second
+
+    def pose(self, similarity: Similarity) -> Float64:
+        """[3, 4] second camera from first, with a baseline of 1."""
+        baseline = similarity.scale * similarity.rotation @ self.centre[1] + similarity.shift - self.centre[0]
+        turned = self.rotation[1] @ similarity.rotation.T
+        shift = -turned @ baseline / max(float(np.linalg.norm(baseline)), 1e-12)
+        return np.concatenate([turned @ self.rotation[0].T, shift[:, None]], axis=1)
+
+    def value(self, essential: Float64) -> Float64:
+        """x₂ᵀ E x₁ [..., M] of all matches, by matrices [..., 3, 3]."""
+        first, second = self.directions
+        value: Float64 = ((first @ essential.swapaxes(-1, -2)) * second).sum(axis=-1)
+        return value
+
+    def error(self, essential: Float64) -> Float64:
+        """Signed Sampson errors [..., M] in pixels of all matches, by matrices [..., 3, 3]."""
+        first, second = self.directions
+        line_second = first @ essential.swapaxes(-1, -2) / self.views[1].focal_px
+        line_first = second @ essential / self.views[0].focal_px
+        slope = (line_second[..., :2] ** 2).sum(axis=-1) + (line_first[..., :2] ** 2).sum(axis=-1)
+        error: Float64 = self.value(essential) / np.sqrt(np.maximum(slope, 1e-300))
+        return error
+
+    def judged(self, similarity: Similarity, max_error_px: float) -> Judged:
+        """What the similarity says of all matches."""
+        pose = self.pose(similarity)
+        unit = [rays / np.linalg.norm(rays, axis=1, keepdims=True) for rays in self.directions]
+        points, angle = triangulate(pose, unit[0], unit[1])
+        points_second = points @ pose[:, :3].T + pose[:, 3]
+        # Rays that are parallel to within the noise of a pixel have no depth worth keeping.
+        noise = max_error_px / ((self.views[0].focal_px + self.views[1].focal_px) / 2)
+        near = np.abs(self.error(essential_matrix(pose))) < max_error_px
+        kept = near & (points[:, 2] > 0) & (points_second[:, 2] > 0) & (angle > noise / 4)
+        return Judged(pose=pose, points=(points, points_second), kept=np.asarray(kept, np.bool_))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A weak pair under a similarity."""
+
+    pose: Float64
+    """[3, 4] second camera from first."""
+    points: tuple[Float64, Float64]
+    """[M, 3] of all matches, in the frame of either camera."""
+    kept: Bool
+    """[M] agrees, and lies in front of both cameras."""
+
+
+def essential_matrix(pose: Float64) -> Float64:
+    """[3, 3] of a relative pose [3, 4]."""
+    essential: Float64 = np.cross(pose[:, 3], pose[:, :3], axisb=0, axisc=0)
+    return essential
+
+
+def join_parts(
+    parts: Sequence[Part], edges: Sequence[EpipolarEdge], views: Mapping[int, View], config: MatchConfig, seed: int
+) -> dict[int, PairMatches]:
+    """The pairs across parts that one similarity confirms together, by the numbers of their edges.
+
+    A pair is confirmed by what confirms the slow matcher's: MIN_AGREEING distinct matches, and MIN_AGREEING_SHARE of
+    all that it has. Two or more must be, of two or more images of either part.
+
+    Args:
+        parts: whose images are placed relative to each other; no image in two of them.
+        edges: all checked pairs of keypoints.
+        views: by image, with the focal lengths that the parts were placed with.
+        config: thresholds.
+        seed: of the sampling.
+    """
+    part_of = {int(image): number for number, part in enumerate(parts) for image in part.images}
+    across: dict[tuple[int, int], list[int]] = {}
+    for number, edge in enumerate(edges):
+        one, two = part_of.get(edge.first, -1), part_of.get(edge.second, -1)
+        if min(one, two) >= 0 and one != two and may_be_confirmed(edge):
+            across.setdefault((min(one, two), max(one, two)), []).append(number)
+    joined: dict[int, PairMatches] = {}
+    for (one, two), numbers in sorted(across.items()):
+        # The part of a single image is the second, whose scale may be left open.
+        first, second = sorted((parts[one], parts[two]), key=lambda part: -len(part.images))
+        chosen = sorted(numbers, key=lambda number: (-edges[number].num_inliers, number))[:MAX_WEAK]
+        weak = [_weak_pair(number, edges[number], (first, second), views) for number in chosen]
+        similarity = find_similarity(weak, config.max_epipolar_error_px, seed)
+        if similarity is not None:
+            joined |= {
+                pair.number: _as_matches(pair, edges[pair.number], similarity, config.max_epipolar_error_px)
+                for pair in _confirmed(weak, similarity, config.max_epipolar_error_px)
+            }
+    return joined
+
+
+def may_be_confirmed(edge: EpipolarEdge) -> bool:
+    """Whether a pair that is no link has as many matches as parts are joined by, in a geometry of its own."""
+    return not edge.verdict.is_link and edge.num_inliers >= max(MIN_AGREEING, MIN_AGREEING_SHARE * edge.num_putative)
+
+
+def _weak_pair(number: int, edge: EpipolarEdge, parts: tuple[Part, Part], views: Mapping[int, View]) -> WeakPair:
+    is_swapped = edge.first not in parts[0].images
+    images, xy = (edge.first, edge.second), (edge.xy_first, edge.xy_second)
+    if is_swapped:
+        images, xy = images[::-1], xy[::-1]
+    rows = [int(np.searchsorted(part.images, image)) for part, image in zip(parts, images, strict=True)]
+    return WeakPair(
+        number=number,
+        images=images,
+        rotation=(parts[0].rotation[rows[0]], parts[1].rotation[rows[1]]),
+        centre=(parts[0].centre[rows[0]], parts[1].centre[rows[1]]),
+        views=(views[images[0]], views[images[1]]),
+        xy=xy,
+        is_distinct=edge.is_distinct,
+        num_putative=edge.num_putative,
+        is_swapped=is_swapped,
+        has_scale=len(parts[1].images) > 1,
+    )
+
+
+def find_similarity(weak: Sequence[WeakPair], max_error_px: float, seed: int) -> Similarity | None:
+    """The similarity between two parts that confirms most matches of two pairs or more; None where none does.
+
+    Args:
+        weak: pairs across the parts.
+        max_error_px: Sampson distance below which a match agrees.
+        seed: of the sampling.
+    """
+    best, most = None, 0
+    for source in weak:
+        others = [other for other in weak if _is_independent(source, other)]
+        relative = _relative_pose(source, max_error_px, seed) if others else np.zeros((3, 4))
+        for other in others:
+            start = _from_two_pairs(source, relative, other, max_error_px)
+            if start is None:
+                continue
+            found = _refined(weak, start, max_error_px)
+            confirmed = _confirmed(weak, found, max_error_px)
+            count = sum(_agreeing(pair, found, max_error_px) for pair in confirmed)
+            if count > most:
+                best, most = found, count
+    return best
+
+
+def _is_independent(source: WeakPair, other: WeakPair) -> bool:
+    """Whether the pairs are of different images of either part, of a part of one image but for that."""
+    same_second = source.images[1] == other.images[1]
+    return source.images[0] != other.images[0] and (not same_second or not source.has_scale)
+
+
+def _agreeing(pair: WeakPair, similarity: Similarity, max_error_px: float) -> int:
+    return int((pair.judged(similarity, max_error_px).kept & pair.is_distinct).sum())
+
+
+def _confirmed(weak: Sequence[WeakPair], similarity: Similarity, max_error_px: float) -> list[WeakPair]:
+    """The pairs that the similarity confirms; none where they are of one image of a part that has several."""
+    found = [
+        pair
+        for pair in weak
+        if _agreeing(pair, similarity, max_error_px) >= max(MIN_AGREEING, MIN_AGREEING_SHARE * pair.num_putative)
+    ]
+    enough = len({pair.images[0] for pair in found}) > 1
+    if found and found[0].has_scale:
+        enough &= len({pair.images[1] for pair in found}) > 1
+    return found if enough else []
+
+
+def _relative_pose(pair: WeakPair, max_error_px: float, seed: int) -> Float64:
+    """[3, 4] second camera from first, by the pair alone."""
+    cameras = [view.pinhole.poselib_camera() for view in pair.views]
+    xy = [places[pair.is_distinct] for places in pair.xy]
+    options = {
+        "max_epipolar_error": max_error_px,
+        "min_iterations": MIN_ITERATIONS,
+        "max_iterations": MAX_ITERATIONS,
+        "seed": seed,
+    }
+    pose, _ = poselib.estimate_relative_pose(xy[0], xy[1], cameras[0], cameras[1], options)
+    return np.column_stack([np.asarray(pose.R, np.float64), np.asarray(pose.t, np.float64)])
+
+
+def _from_two_pairs(source: WeakPair, relative: Float64, other: WeakPair, max_error_px: float) -> Similarity | None:
+    """All but two lengths from one pair's relative pose [3, 4], and those by which most matches of the other agree.
+
+    None where fewer than MIN_FIRST do.
+    """
+    back = source.rotation[0].T @ relative[:, :3].T
+    rotation, baseline = back @ source.rotation[1], -back @ relative[:, 3]
+    # The other pair's baseline is a fixed one, plus the length of this one, plus the scale of the second part.
+    steps = np.array([source.centre[0] - other.centre[0], baseline, rotation @ (other.centre[1] - source.centre[1])])
+    second_from_first = other.rotation[1] @ rotation.T @ other.rotation[0].T
+    shifts = -steps @ (other.rotation[1] @ rotation.T).T
+    essentials = np.array([essential_matrix(np.column_stack([second_from_first, shift])) for shift in shifts])
+    lengths = _candidate_lengths(other.value(essentials)[:, other.is_distinct], has_scale=source.has_scale)
+    if not len(lengths):
+        return None
+    summed = np.einsum("ci,ijk->cjk", np.column_stack([np.ones(len(lengths)), lengths]), essentials)
+    agreeing = (np.abs(other.error(summed)[:, other.is_distinct]) < max_error_px).sum(axis=1)
+    if agreeing.max() < MIN_FIRST:
+        return None
+    length, scale = lengths[int(agreeing.argmax())].tolist()
+    shift = source.centre[0] + length * baseline - scale * rotation @ source.centre[1]
+    return Similarity(rotation=rotation, shift=shift, scale=scale)
+
+
+def _candidate_lengths(values: Float64, *, has_scale: bool) -> Float64:
+    """Lengths and scales [C, 2] by which a match, or two where a scale is to be found, agree exactly.
+
+    Args:
+        values: [3, M] what each match has of a fixed baseline, of one of length 1, and of a scale of 1.
+        has_scale: otherwise it is 1.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if has_scale:
+            one, two = np.array(list(combinations(range(values.shape[1]), 2)), np.int64).reshape(-1, 2).T
+            (f1, l1, s1), (f2, l2, s2) = values[:, one], values[:, two]
+            determinant = l1 * s2 - l2 * s1
+            lengths, scale = (s1 * f2 - s2 * f1) / determinant, (l2 * f1 - l1 * f2) / determinant
+        else:
+            lengths, scale = -values[0] / values[1], np.ones(values.shape[1])
+    found = np.column_stack([lengths, scale])
+    return found[((found > LENGTHS[0]) & (found < LENGTHS[1])).all(axis=1)]
+
+
+def _refined(weak: Sequence[WeakPair], start: Similarity, max_error_px: float) -> Similarity:
+    """The similarity that agrees best with the distinct matches near it, of all pairs, robustly."""
+    found = start
+    for widening in np.geomspace(3.0, 1.0, MAX_REFINEMENTS):
+        near = [
+            np.flatnonzero(
+                pair.is_distinct & (np.abs(pair.error(essential_matrix(pair.pose(found)))) < widening * max_error_px)
+            )
+            for pair in weak
+        ]
+        if sum(map(len, near)) < MIN_AGREEING:
+            return found
+
+        def errors(values: Float64, near: Sequence[Int64] = near) -> Float64:
+            similarity = Similarity.of(values)
+            return np.concatenate(
+                [
+                    pair.error(essential_matrix(pair.pose(similarity)))[chosen]
+                    for pair, chosen in zip(weak, near, strict=True)
+                ]
+            )
+
+        solved = scipy.optimize.least_squares(
+            errors, found.values, loss="soft_l1", f_scale=max_error_px / 2, max_nfev=MAX_STEPS
+        )
+        found = Similarity.of(solved.x)
+    return found
+
+
+def _as_matches(pair: WeakPair, edge: EpipolarEdge, similarity: Similarity, max_error_px: float) -> PairMatches:
+    judged = pair.judged(similarity, max_error_px)
+    keep, pose = np.flatnonzero(judged.kept), judged.pose
+    sides = [(pair.views[side].photo_xy(pair.xy[side][keep]), judged.points[side][keep]) for side in (0, 1)]
+    if pair.is_swapped:
+        sides = sides[::-1]
+        pose = np.concatenate([pose[:, :3].T, -(pose[:, :3].T @ pose[:, 3])[:, None]], axis=1)
+    return PairMatches(
+        first=edge.first,
+        second=edge.second,
+        xy_first=sides[0][0],
+        xy_second=sides[1][0],
+        confidence=edge.confidence[keep],
+        points_first=sides[0][1],
+        points_second=sides[1][1],
+        verdict=Verdict.GOOD,
+        inlier_ratio=int(edge.is_distinct[keep].sum()) / max(edge.num_putative, 1),
+        second_from_first=pose,
+    )
