@@ -15,11 +15,12 @@ from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.focal import estimate_focal_ratios
 from mast3r_sfm.matching.hard import hanging_pairs, match_hard_pair, settle_hanging_pairs, weaken_hanging_links
-from mast3r_sfm.matching.joining import Part, join_parts, may_be_confirmed
+from mast3r_sfm.matching.joining import join_parts, may_be_confirmed
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.matching.rounds import Budget, Rounds, check_all, most_important_first
 from mast3r_sfm.matching.second_round import propose_pairs
 from mast3r_sfm.matching.turns import settle_turns
+from mast3r_sfm.matching.weak_pairs import Part
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
