@@ -160,7 +160,7 @@ def test_an_image_by_itself_is_joined_by_two_pairs(scene: Scene) -> None:
 def test_rotations_that_matches_leave_open_join_nothing() -> None:
     # A small thing in the middle of the photos: a turn about it is as good as a way past it.
     near = arc()
-    far = replace(near, points=0.1 * near.points)
+    far = replace(near, points=0.3 * near.points)
     assert join(near, [weak(near, 2, 3), weak(near, 1, 4)]).keys() == {0, 1}
     assert join(far, [weak(far, 2, 3), weak(far, 1, 4)]) == {}
 
