@@ -14,11 +14,13 @@ from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose, rotation_from_axis_angle
 from mast3r_sfm.matching.calibrated import View
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
+from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.hard import MIN_AGREEING, MIN_AGREEING_SHARE
 from mast3r_sfm.matching.joining import join_parts, may_be_confirmed
+from mast3r_sfm.matching.stage import Matcher
 from mast3r_sfm.matching.weak_pairs import Part, Similarity
 from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Verdict
-from tests.exact import CENTRE_PX, Scene, random_pixels, ring
+from tests.exact import CENTRE_PX, Describer, Scene, no_sift, random_pixels, ring
 
 CONFIG = MatchConfig()
 FIRST, SECOND = (0, 1, 2), (3, 4, 5)
@@ -35,24 +37,26 @@ def scene() -> Scene:
     return arc()
 
 
-def part(scene: Scene, images: Sequence[int], seed: int = 0) -> Part:
+def part(scene: Scene, images: Sequence[int]) -> Part:
     """Images with their true poses, in a frame and a scale of their own."""
-    if len(images) == 1:
-        return Part.single(images[0])
+    return Part.of(aligned(scene, images)) if len(images) > 1 else Part.single(images[0])
+
+
+def aligned(scene: Scene, images: Sequence[int], seed: int = 0) -> AlignmentResult:
+    """The same as alignment gives it."""
     rng = np.random.default_rng([seed, *images])
     turn, shift = rotation_from_axis_angle(rng.normal(size=3)), rng.normal(size=3)
     rotation = scene.poses[list(images), :, :3] @ turn
     centre = rng.uniform(0.2, 5) * (camera_centre(scene.poses[list(images)]) - shift) @ turn
     poses = make_pose(rotation, -(rotation @ centre[:, :, None])[:, :, 0])
-    return Part.of(
-        AlignmentResult(
-            images=np.array(images, np.int32),
-            edges=np.zeros(0, np.int32),
-            cam_from_world=poses,
-            residual_deg=np.zeros(len(images)),
-            history=(),
-            stop_reason="",
-        )
+    return AlignmentResult(
+        images=np.array(images, np.int32),
+        edges=np.zeros(0, np.int32),
+        cam_from_world=poses,
+        residual_deg=np.zeros(len(images)),
+        history=(),
+        stop_reason="",
+        focal_px=np.full(len(images), 2 * scene.focal_px),
     )
 
 
@@ -183,3 +187,29 @@ def test_a_similarity_and_its_numbers() -> None:
     assert again.rotation == pytest.approx(similarity.rotation)
     assert again.shift == pytest.approx(similarity.shift)
     assert again.scale == pytest.approx(2.5)
+
+
+class TestStage:
+    """As the match stage does it, with photos twice as large as what was matched."""
+
+    def join(self, scene: Scene, edges: Sequence[EpipolarEdge], *groups: Sequence[int]) -> dict[int, PairMatches]:
+        model = Describer(scene, photo_scale=2)
+        checker = PairChecker(model=model, encodings=model.encodings(), config=CONFIG, seed=0, threads=1)
+        matcher = Matcher(checker=checker, num_images=6, detect_sift=no_sift)
+        # The rig's focal length is wrong, but that of the parts is right.
+        rig = scene.rig(photo_scale=2, focal_factor=1.4)
+        return matcher.join(edges, [aligned(scene, group) for group in groups], rig)
+
+    def test_parts_are_joined_by_their_own_focal_lengths(self, scene: Scene) -> None:
+        edges = [weak(scene, 0, 4, 2, 30), weak(scene, 2, 3), weak(scene, 1, 4)]
+        joined = self.join(scene, edges, FIRST, SECOND)
+        assert joined.keys() == {1, 2}
+        assert [(match.first, match.second) for match in joined.values()] == [(2, 3), (1, 4)]
+        assert max(match.xy_second[:, 0].max() for match in joined.values()) > 640
+        assert all(turned_deg(scene, match) < 1.5 for match in joined.values())
+
+    def test_one_part_of_all_images_has_nothing_to_join(self, scene: Scene) -> None:
+        assert self.join(scene, [weak(scene, 2, 3), weak(scene, 1, 4)], range(6)) == {}
+
+    def test_without_a_part_nothing_is_joined(self, scene: Scene) -> None:
+        assert self.join(scene, [weak(scene, 2, 3), weak(scene, 1, 4)]) == {}
