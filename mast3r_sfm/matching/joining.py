@@ -36,6 +36,9 @@ RIVAL_DEG, RIVAL_SHARE = 10.0, 0.7
 RIVAL_DEG or more agrees with RIVAL_SHARE of what it agrees with. Photos taken along a street, or from far away, have
 true matches that say next to nothing: parts of such sets would be joined 35 to 140 degrees off with sigmas of 1.8 to 5,
 or rivals of 0.86 and more; right ones have 1.3 and 0.51 at most."""
+MIN_KEPT = 0.8
+"""Share of what agrees with the confirmed pairs' own geometries that must agree with the similarity, too. Of wallpaper,
+which looks alike in several places, it kept 0.78 at most; right ones keep 0.77 to 0.96."""
 MAX_STEPS = 30
 MIN_ITERATIONS, MAX_ITERATIONS = 100, 1000
 LENGTHS = (0.02, 50.0)
@@ -126,7 +129,9 @@ def find_similarity(weak: Sequence[WeakPair], max_error_px: float, seed: int) ->
     agreeing = [sum(_agreeing(pair, similarity, max_error_px) for pair in weak) for similarity, _ in found]
     best = -1
     for row, (similarity, sigma_deg) in enumerate(found):
-        stands = sigma_deg < MAX_SIGMA_DEG and _confirmed(weak, similarity, max_error_px)
+        confirmed = _confirmed(weak, similarity, max_error_px)
+        kept = sum(_agreeing(pair, similarity, max_error_px) for pair in confirmed)
+        stands = sigma_deg < MAX_SIGMA_DEG and kept >= max(MIN_KEPT * sum(map(_own, confirmed)), 1)
         if stands and (best < 0 or agreeing[row] > agreeing[best]):
             best = row
     if best < 0:
@@ -142,6 +147,11 @@ def _is_independent(source: WeakPair, other: WeakPair) -> bool:
     """Whether the pairs are of different images of either part, of a part of one image but for that."""
     same_second = source.images[1] == other.images[1]
     return source.images[0] != other.images[0] and (not same_second or not source.has_scale)
+
+
+def _own(pair: WeakPair) -> int:
+    """Distinct matches that agree with the pair's own geometry."""
+    return int(pair.is_distinct.sum())
 
 
 def _agreeing(pair: WeakPair, similarity: Similarity, max_error_px: float) -> int:
