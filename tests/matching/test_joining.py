@@ -169,6 +169,22 @@ def test_rotations_that_matches_leave_open_join_nothing() -> None:
     assert join(far, [weak(far, 2, 3), weak(far, 1, 4)]) == {}
 
 
+@pytest.mark.parametrize(("more", "joined"), [(1, {0, 1}), (8, set())])
+def test_pairs_whose_own_geometries_say_something_else_join_nothing(scene: Scene, more: int, joined: set[int]) -> None:
+    def with_others(edge: EpipolarEdge) -> EpipolarEdge:
+        """The pair with further matches that agree with it, as it says, but not with the truth."""
+        rng = np.random.default_rng(edge.first)
+        return replace(
+            edge,
+            xy_first=np.concatenate([edge.xy_first, random_pixels(rng, more)]),
+            xy_second=np.concatenate([edge.xy_second, random_pixels(rng, more)]),
+            confidence=np.ones(len(edge.xy_first) + more, np.float32),
+            is_distinct=np.append(edge.is_distinct, np.ones(more, np.bool_)),
+        )
+
+    assert join(scene, [with_others(weak(scene, 2, 3)), with_others(weak(scene, 1, 4))]).keys() == joined
+
+
 def test_what_may_be_confirmed(scene: Scene) -> None:
     edge = weak(scene, 2, 3)
     assert edge.num_inliers >= MIN_AGREEING
