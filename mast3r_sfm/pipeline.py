@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,10 +208,15 @@ class _Run:
         paired = self.find_pairs()
         photos, model, encodings = paired.photos, paired.model, paired.encodings
         with self.recorder.stage("match") as report:
-            matches, rig = self._match(paired, report)
+            matched = self._match(paired, report)
         with self.recorder.stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
-            parts, rig = self._align(paired, matches, rig, report)
+            matches = matched.matches
+            parts, rig = self._align(paired, matches, matched.rig, report)
+            joined = matched.join(parts, rig) if paired.known.poses is None else {}
+            if joined:
+                matches = [joined.get(number, match) for number, match in enumerate(matches)]
+                parts, rig = self._align(paired, matches, matched.rig, report)
             turns = self._find_turns(paired, matches, parts, rig)
             self.rejected_pairs = rejected_pairs(matches, parts, photos.names)
             report.counts |= {
@@ -306,7 +311,7 @@ class _Run:
         }
         return chosen
 
-    def _match(self, paired: _Paired, report: StageDraft) -> tuple[list[PairMatches], Rig]:
+    def _match(self, paired: _Paired, report: StageDraft) -> _Matched:
         photos, model, encodings = paired.photos, paired.model, paired.encodings
         # A finished pair is worth as much under any other budget; but with one, pairs come in another order.
         settings = dataclasses.replace(self.matching, time_budget_min=float(self.matching.time_budget_min > 0))
@@ -355,7 +360,7 @@ class _Run:
             ),
             "matches": sum(len(match) for match in matches),
         }
-        return matches, rig
+        return _Matched(matches=matches, rig=rig, join=partial(matcher.join, edges))
 
     def _judge_bridges(self, graph: ViewGraph, edges: Sequence[EpipolarEdge]) -> None:
         """Say what became of the pairs that were matched only to join parts."""
@@ -514,3 +519,13 @@ class _Paired:
     encodings: StoredEncodings
     chosen: ChosenPairs
     known: Known
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matched:
+    """What matching hands on."""
+
+    matches: list[PairMatches]
+    rig: Rig
+    join: Callable[[Sequence[AlignmentResult], Rig], Mapping[int, PairMatches]]
+    """Gives the pairs that confirm each other once parts are aligned."""

@@ -26,6 +26,8 @@ REFINED_TRUST = 0.5
 PARALLEL_RESIDUALS = 1_000_000
 """Below so many, Ceres computes in one thread: several sum up in any order, and the same photos would not give the same
 model twice."""
+THIN = 50
+"""Points of three views or more below which an image is held by those of two as well."""
 MAX_CHANGE = 0.0005
 """Share of the observations that a round of refinement may still change when it is the last."""
 
@@ -183,8 +185,13 @@ class Mapper:
         reconstruction: pycolmap.Reconstruction,
         triangulation: pycolmap.IncrementalTriangulatorOptions,
     ) -> None:
-        for number in sorted(reconstruction.reg_image_ids()):
+        numbers = sorted(reconstruction.reg_image_ids())
+        for number in numbers:
             mapper.triangulate_image(triangulation, number)
+        thin = [number for number in numbers if reconstruction.image(number).num_points3D < THIN]
+        as_of_few = self._triangulation_options(0)
+        for number in thin:
+            mapper.triangulate_image(as_of_few, number)
 
     def _adjust(
         self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool

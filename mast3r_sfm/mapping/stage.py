@@ -20,7 +20,7 @@ from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1
@@ -202,22 +202,28 @@ def _coherent_models(
         fixed: images whose poses are known, which hold groups together without any common point.
         rough: as for `Mapper.build`.
     """
-    waiting = [(poses, True)]
+    nobody: frozenset[int] = frozenset()
+    waiting = [(poses, True, nobody)]
     while waiting:
-        some, grow = waiting.pop(0)
+        some, grow, foreign = waiting.pop(0)
         if len(some) < 2:
             continue
         model = mapper.build(some, grow=grow, rough=rough)
-        if taken & model.cam_from_world.keys():
+        groups = _joined_by(fixed, model.groups(MIN_SHARED))
+        is_mixed = bool(taken & model.cam_from_world.keys() or foreign & model.poses().keys())
+        # A group may take in what no other holds, but not grow to what has just been taken apart.
+        if grow and (is_mixed or (foreign and len(groups) > 1)):
             grow = False
             model = mapper.build(some, grow=grow, rough=rough)
-        groups = _joined_by(fixed, model.groups(MIN_SHARED))
+            groups = _joined_by(fixed, model.groups(MIN_SHARED))
         if len(groups) == 1:
             yield model, partial(mapper.build, some, grow=grow) if rough else partial(_as_it_is, model)
             continue
-        # A group by itself takes in no others: it would grow to what has just been taken apart.
         found = model.poses()
-        waiting += [({image: found[image] for image in group}, False) for group in groups]
+        placed = frozenset(image for group in groups if len(group) > 1 for image in group)
+        for group in groups:
+            others = placed.difference(group)
+            waiting.append(({image: found[image] for image in group}, bool(others) and not foreign, others))
 
 
 def _joined_by(fixed: Set[int], groups: Sequence[Sequence[int]]) -> list[list[int]]:

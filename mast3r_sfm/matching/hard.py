@@ -115,7 +115,9 @@ def settle_hanging_pairs(
             break
         confirmed = False
         for number, edge in zip(chosen, pool.map(rematch, chosen), strict=True):
-            settled[number], tried[number] = edge, True
+            # What nearest neighbours found is all that there is where the slow matcher finds nothing.
+            settled[number] = edge if edge.verdict.is_link else replace(settled[number], verdict=edge.verdict)
+            tried[number] = True
             strong[number] = edge.verdict.is_link
             confirmed |= bool(strong[number])
         fruitless = 0 if confirmed else fruitless + 1

@@ -15,14 +15,16 @@ from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.focal import estimate_focal_ratios
 from mast3r_sfm.matching.hard import hanging_pairs, match_hard_pair, settle_hanging_pairs, weaken_hanging_links
+from mast3r_sfm.matching.joining import join_parts, may_be_confirmed
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.matching.rounds import Budget, Rounds, check_all, most_important_first
 from mast3r_sfm.matching.second_round import propose_pairs
 from mast3r_sfm.matching.turns import settle_turns
+from mast3r_sfm.matching.weak_pairs import Part
 from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
-from mast3r_sfm.types import Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
+from mast3r_sfm.types import AlignmentResult, Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
 
 CODE_VERSION = 7
 
@@ -134,6 +136,33 @@ class Matcher:
                 edges,
             )
             return settle_turns(list(judged), len(rig.camera_of_image))
+
+    def join(self, edges: Sequence[EpipolarEdge], parts: Sequence[AlignmentResult], rig: Rig) -> dict[int, PairMatches]:
+        """The pairs that confirm each other once parts are aligned, though none was a link by itself, by their numbers.
+
+        Args:
+            edges: all checked pairs.
+            parts: as the links among them were aligned.
+            rig: the cameras with the focal lengths of the parts.
+        """
+        hopeful = {number: edge for number, edge in enumerate(edges) if may_be_confirmed(edge)}
+        placed = {int(image) for part in parts for image in part.images}
+        ends = {image for edge in hopeful.values() for image in (edge.first, edge.second)}
+        pieces = [*map(Part.of, parts), *map(Part.single, sorted(ends - placed))]
+        if not parts or len(pieces) < 2 or not self._has_keypoints:
+            return {}
+        views = {image: _view(self.checker.encodings[image], rig.cameras[rig.camera_of_image[image]]) for image in ends}
+        for part in parts:
+            for image, focal in zip(part.images.tolist(), part.focal_px, strict=False):
+                if focal > 0 and image in views:
+                    views[image] = replace(views[image], focal_px=float(focal) / views[image].scale)
+        numbers = list(hopeful)
+        found = join_parts(pieces, list(hopeful.values()), views, self.checker.config, self.checker.seed)
+        return {numbers[row]: match for row, match in found.items()}
+
+    @property
+    def _has_keypoints(self) -> bool:
+        return isinstance(self.checker.model, KeypointModel) or self.checker.config.features == "sift"
 
     def estimate_rig(
         self,

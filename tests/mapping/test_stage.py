@@ -580,10 +580,49 @@ def test_taking_apart_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Falling, "built", [])
     monkeypatch.setattr(stage, "Mapper", Falling)
     assert build(given, tmp_path) == []
-    # Only the whole may take in further images; a group would grow to what was taken apart.
+    # Only the whole may take in further images; a group by itself would grow to what was taken apart.
     assert Falling.built == [
         ([0, 1, 2, 3, 4], True),
         ([1, 2, 3, 4], False),
         ([2, 3, 4], False),
         ([3, 4], False),
+    ]
+
+
+class Apart(Mapper):
+    """Builds a whole that falls into two groups and an image, of which the one group takes in the image again, and the
+    other would take in one of the first group."""
+
+    built: ClassVar[list[tuple[list[int], bool]]] = []
+    whole: ClassVar[dict[int, Float64]] = {}
+
+    def build(self, poses: Mapping[int, Float64], *, grow: bool = True, rough: bool = False) -> ColmapModel:
+        self.built.append((sorted(poses), grow))
+        further = {0: [7], 4: [0]}.get(min(poses), []) if grow and len(poses) < 8 else []
+        model = super().build({**poses, **{image: self.whole[image] for image in further}}, grow=False, rough=rough)
+
+        if len(poses) == 8:
+            self.whole.update(model.poses())
+
+        class Model(ColmapModel):
+            def groups(self, min_shared: int) -> list[list[int]]:
+                found = super().groups(min_shared)
+                return [[0, 1, 2, 3], [4, 5, 6], [7]] if len(poses) == 8 else found
+
+        return Model(model.reconstruction)
+
+
+def test_a_group_takes_in_what_no_other_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = ring(8, turn_deg=120, points=100)
+    given = make_input(scene, list(combinations(range(8), 2)), [part(scene, range(8), range(28))])
+    monkeypatch.setattr(Apart, "built", [])
+    monkeypatch.setattr(Apart, "whole", {})
+    monkeypatch.setattr(stage, "Mapper", Apart)
+    names = [list(model.cam_from_world) for model in build(given, tmp_path)]
+    assert names == [[given.names[image] for image in (0, 1, 2, 3, 7)], list(given.names[4:7])]
+    assert Apart.built == [
+        (list(range(8)), True),
+        ([0, 1, 2, 3], True),
+        ([4, 5, 6], True),
+        ([4, 5, 6], False),
     ]

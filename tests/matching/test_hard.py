@@ -121,6 +121,7 @@ def test_links_that_nothing_confirms_are_weak(scene: Scene, pool: ThreadPoolExec
     assert len(set(asked)) == len(asked) <= 6  # it gives up
     for number, new in enumerate(settled):
         assert new.verdict.is_link == (number not in thin)
+        assert new.num_inliers == edges[number].num_inliers  # what nearest neighbours found is still there
 
 
 def test_nothing_to_settle(pool: ThreadPoolExecutor) -> None:
