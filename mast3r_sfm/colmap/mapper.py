@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,14 @@ import pycolmap
 from mast3r_sfm.colmap.held import Held, refine_around, rigid
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.colmap.principal_point import MIN_IMAGES, is_centred, off_centre_cameras
+from mast3r_sfm.colmap.sample import place_points, take_over, thinned
+from mast3r_sfm.colmap.solving import cameras_of, solve, solve_with_shifts
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.types import Float64
 
 MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
 """Rounds of global bundle adjustment, each to a relative change of its cost."""
-ROUGH_REFINEMENTS, ROUGH_TOLERANCE = 2, 1e-4
+ROUGH_TOLERANCE = 1e-4
 """The same where observations are still to be refined, which gains more than the last rounds would."""
 READJUSTMENTS = 2
 REFINED_TRUST = 0.5
@@ -71,6 +73,83 @@ class Mapper:
             rough: whether observations will be refined and adjusted again, so that less will do.
         """
         self._hold_distortion(poses)
+        reconstruction = self._placed(poses)
+        triangulation = self._triangulation_options(len(poses))
+        mapper = self._triangulated(reconstruction, triangulation)
+        if rough:
+            mapper = self._adjust_sampled(mapper, triangulation, grow=grow)
+        else:
+            self._adjust(mapper, triangulation)
+            while grow and self._register_more(mapper, triangulation):
+                self._adjust(mapper, triangulation)
+            self._settle_principal_points(mapper, triangulation)
+        built = mapper.reconstruction
+        one_observation_per_image(mapper.observation_manager, built)
+        mapper.end_reconstruction(False)
+        return self._finish(built)
+
+    def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
+        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
+
+        The database is not asked: observations may be there that it does not know. Poses and cameras are found by a
+        sample of the tracks, and all points placed by them.
+
+        Args:
+            model: it is not changed.
+            settle: whether this is the last word, for which all observations are adjusted; otherwise principal points
+                stay where they are as well.
+        """
+        reconstruction = pycolmap.Reconstruction(model.reconstruction)
+        self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
+        for number, camera in reconstruction.cameras.items():
+            if camera.model != self._cache.camera(number).model:
+                _change_model(camera, self._without_distortion)
+        options, bundle = self._mapper_options(), self._bundle_options()
+        options.filter_max_reproj_error *= REFINED_TRUST
+        bundle.ceres.loss_function_scale *= REFINED_TRUST
+        sample = thinned(ColmapModel(reconstruction))
+        solve(sample, bundle, self._held)
+        shifted = self._confirm_principal_points(sample, bundle) if settle else frozenset()
+        take_over(reconstruction, sample)
+        place_points(reconstruction, bundle.ceres.loss_function_scale)
+        _filter(reconstruction, options, self._held)
+        if settle:
+            solve_with_shifts(reconstruction, bundle, self._held, shifted)
+            _filter(reconstruction, options, self._held)
+        return self._finish(reconstruction)
+
+    def _confirm_principal_points(
+        self, sample: pycolmap.Reconstruction, bundle: pycolmap.BundleAdjustmentOptions
+    ) -> frozenset[int]:
+        """Bring principal points back to the middle where refined observations do not confirm that they are off it.
+
+        Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
+        the raw ones, which err independently, showed: one about as far, in about that direction.
+
+        Args:
+            sample: adjusted to refined observations; it is adjusted again.
+            bundle: how.
+
+        Returns:
+            the cameras whose principal point stays off the middle.
+        """
+        open_cameras = cameras_of(sample) - self._held.given_cameras
+        shifted = frozenset(number for number in open_cameras if not is_centred(sample.camera(number)))
+        for _ in range(READJUSTMENTS):
+            found = off_centre_cameras(sample, bundle, self._held) if shifted else {}
+            confirmed = {number for number in found.keys() & shifted if _agrees(sample, number, found[number])}
+            if confirmed == shifted:
+                break
+            for camera in (sample.camera(number) for number in sorted(shifted - confirmed)):
+                camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
+            solve(sample, bundle, self._held)
+            shifted = frozenset(confirmed)
+        if shifted:
+            solve_with_shifts(sample, bundle, self._held, shifted)
+        return shifted
+
+    def _placed(self, poses: Mapping[int, Float64]) -> pycolmap.Reconstruction:
+        """All images of the database with some of them registered, cam_from_world [3, 4] by image number (0-based)."""
         reconstruction = pycolmap.Reconstruction()
         reconstruction.load(self._cache)
         for image, pose in poses.items():
@@ -80,58 +159,76 @@ class Mapper:
                 pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3]) if fixed is None else rigid(fixed)
             )
             reconstruction.register_frame(frame.frame_id)
+        return reconstruction
+
+    def _triangulated(
+        self, reconstruction: pycolmap.Reconstruction, triangulation: pycolmap.IncrementalTriangulatorOptions
+    ) -> pycolmap.IncrementalMapper:
+        """A mapper that has begun a reconstruction and triangulated what its images match."""
         mapper = pycolmap.IncrementalMapper(self._cache)
         mapper.begin_reconstruction(reconstruction)
-        triangulation = self._triangulation_options(len(poses))
-        self._triangulate_all(mapper, reconstruction, triangulation)
-        self._adjust(mapper, triangulation, rough=rough)
+        for number in sorted(reconstruction.reg_image_ids()):
+            mapper.triangulate_image(triangulation, number)
+        return mapper
+
+    def _adjust_sampled(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        *,
+        grow: bool,
+    ) -> pycolmap.IncrementalMapper:
+        """Adjust poses and cameras to a sample of the tracks, and triangulate anew what they all match, twice.
+
+        Returns:
+            what holds the adjusted reconstruction.
+        """
+        mapper = self._triangulated_again(mapper, triangulation)
         while grow and self._register_more(mapper, triangulation):
-            self._adjust(mapper, triangulation, rough=rough)
-        self._settle_principal_points(mapper, triangulation, rough=rough)
-        one_observation_per_image(mapper.observation_manager, reconstruction)
-        mapper.end_reconstruction(False)
-        return self._finish(reconstruction)
+            mapper = self._triangulated_again(mapper, triangulation)
+        return self._triangulated_again(mapper, triangulation, settle=True)
 
-    def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
-        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
-
-        The database is not asked: observations may be there that it does not know.
+    def _triangulated_again(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        *,
+        settle: bool = False,
+    ) -> pycolmap.IncrementalMapper:
+        """The reconstruction adjusted to a sample of its tracks, and all of them triangulated anew.
 
         Args:
-            model: it is not changed.
-            settle: whether this is the last word; otherwise it is adjusted once, and principal points stay where they
-                are.
+            mapper: holds the reconstruction as it was.
+            triangulation: of the tracks.
+            settle: whether principal points are looked for.
         """
-        reconstruction = pycolmap.Reconstruction(model.reconstruction)
-        self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
-        for number, camera in reconstruction.cameras.items():
-            if camera.model != self._cache.camera(number).model:
-                _change_model(camera, self._without_distortion)
-        options, bundle = self._mapper_options(), self._bundle_options(rough=not settle)
-        options.filter_max_reproj_error *= REFINED_TRUST
-        bundle.ceres.loss_function_scale *= REFINED_TRUST
-        if not settle:
-            _adjust(reconstruction, options, bundle, self._held)
-            return self._finish(reconstruction)
-        used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
-        open_cameras = used - self._held.given_cameras
-        # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
-        # the raw ones, which err independently, showed: one about as far, in about that direction.
-        shifted = {number for number in open_cameras if not is_centred(reconstruction.camera(number))}
-        confirmed: set[int] = set()
-        for _ in range(READJUSTMENTS):
-            bundle.refine_principal_point = False
-            _adjust(reconstruction, options, bundle, self._held)
-            bundle.refine_principal_point = True
-            found = off_centre_cameras(reconstruction, bundle, self._held) if shifted else {}
-            confirmed = {number for number in shifted & found.keys() if _agrees(reconstruction, number, found[number])}
-            if shifted and confirmed == shifted:
-                break
-            for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
-                camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
-        if confirmed:
-            _adjust(reconstruction, options, bundle, self._held, constant_cameras=used - confirmed)
-        return self._finish(reconstruction)
+        self._complete(mapper, triangulation)
+        before, bundle = mapper.reconstruction, self._bundle_options(rough=True)
+        sample = thinned(ColmapModel(before))
+        solve(sample, bundle, self._held)
+        if settle:
+            shifted = off_centre_cameras(sample, bundle, self._held)
+            for number, params in shifted.items():
+                sample.camera(number).params = params.tolist()
+            if shifted:
+                solve_with_shifts(sample, bundle, self._held, shifted.keys())
+        mapper.end_reconstruction(False)
+        after = self._placed(
+            {number - 1: before.image(number).cam_from_world().matrix() for number in before.reg_image_ids()}
+        )
+        take_over(after, sample)
+        mapper = self._triangulated(after, triangulation)
+        self._complete(mapper, triangulation)
+        self._held.drop_empty(mapper.observation_manager, after, self._options)
+        return mapper
+
+    def _complete(
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
+    ) -> None:
+        """Complete and merge tracks, and drop observations that do not fit."""
+        mapper.complete_and_merge_tracks(triangulation)
+        mapper.observation_manager.filter_observations_with_negative_depth()
+        mapper.filter_points(self._options)
 
     def _finish(self, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
         """All cameras in the model that was asked for, those whose distortion was held too; known ones as they were."""
@@ -161,36 +258,25 @@ class Mapper:
         return "SIMPLE_FISHEYE" if self._settings.config.camera_model.endswith("FISHEYE") else "SIMPLE_PINHOLE"
 
     def _settle_principal_points(
-        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> None:
         """Refine the principal points that are determined and out of the middle; leave the others there."""
         reconstruction = mapper.reconstruction
-        options = self._bundle_options(rough=rough)
-        options.refine_principal_point = True
+        options = self._bundle_options()
         refined = off_centre_cameras(reconstruction, options, self._held)
-        used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
         if not refined:
             return
         for number, params in refined.items():
             reconstruction.camera(number).params = params.tolist()
         held = self._mapper_options()
-        held.constant_cameras = used - set(refined)
+        held.constant_cameras = cameras_of(reconstruction) - set(refined)
+        options.refine_principal_point = True
         self._refine(mapper, held, options, triangulation, 1)
 
-    def _triangulate_all(
-        self,
-        mapper: pycolmap.IncrementalMapper,
-        reconstruction: pycolmap.Reconstruction,
-        triangulation: pycolmap.IncrementalTriangulatorOptions,
-    ) -> None:
-        for number in sorted(reconstruction.reg_image_ids()):
-            mapper.triangulate_image(triangulation, number)
-
     def _adjust(
-        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> None:
-        bundle, rounds = self._bundle_options(rough=rough), ROUGH_REFINEMENTS if rough else MAX_REFINEMENTS
-        self._refine(mapper, self._options, bundle, triangulation, rounds)
+        self._refine(mapper, self._options, self._bundle_options(), triangulation, MAX_REFINEMENTS)
 
     def _refine(
         self,
@@ -260,16 +346,8 @@ class Mapper:
         return self._settings.config.max_reprojection_error_px * self._settings.pixel_scale
 
 
-def _adjust(
-    reconstruction: pycolmap.Reconstruction,
-    options: pycolmap.IncrementalMapperOptions,
-    bundle: pycolmap.BundleAdjustmentOptions,
-    held: Held,
-    constant_cameras: Collection[int] = (),
-) -> None:
-    """Adjust all of a reconstruction, drop what does not fit, and take out images that hold nothing any more."""
-    config = held.configure(reconstruction, constant_cameras)
-    pycolmap.create_default_bundle_adjuster(bundle, config, reconstruction).solve()
+def _filter(reconstruction: pycolmap.Reconstruction, options: pycolmap.IncrementalMapperOptions, held: Held) -> None:
+    """Drop observations that do not fit, and images that hold nothing any more."""
     manager = pycolmap.ObservationManager(reconstruction)
     manager.filter_observations_with_negative_depth()
     manager.filter_all_points3D(options.filter_max_reproj_error, options.filter_min_tri_angle)

@@ -16,8 +16,9 @@ from mast3r_sfm.config import ModelFormat
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.geometry.similarity import Similarity
 from mast3r_sfm.summaries import ModelSummary
-from mast3r_sfm.types import Bool, Camera, Float64, Tracks
+from mast3r_sfm.types import Bool, Camera, Float64, Int64, Tracks
 
+_NO_ROWS: Int64 = np.zeros(0, np.int64)
 SPACES_IN_TEXT = "names of photos have spaces, which COLMAP does not understand in text models; write binary ones"
 
 
@@ -65,7 +66,7 @@ class ColmapModel:
     def keypoints(self) -> dict[int, Float64]:
         """[K, 2] photo pixels of all keypoints of every registered image, by its number."""
         return {
-            image.image_id - 1: np.array([keypoint.xy for keypoint in image.points2D]).reshape(-1, 2)
+            image.image_id - 1: np.array([(keypoint.x(), keypoint.y()) for keypoint in image.points2D]).reshape(-1, 2)
             for image in self._registered()
         }
 
@@ -75,27 +76,31 @@ class ColmapModel:
 
     @cached_property
     def _tracks(self) -> Tracks:
-        # Read observation by observation, which takes as long as a step of bundle adjustment.
-        numbers = sorted(self._reconstruction.point3D_ids())
-        points = [self._reconstruction.point3D(number) for number in numbers]
-        rows = [
-            (row, element.image_id - 1, element.point2D_idx)
-            for row, point in enumerate(points)
-            for element in point.track.elements
-        ]
-        point, image, keypoint = np.array(rows, np.int64).reshape(-1, 3).T
-        xy = np.zeros((len(rows), 2))
-        for number in np.unique(image):
-            mine = image == number
-            keypoints = self._reconstruction.image(int(number) + 1).points2D
-            xy[mine] = [keypoints[index].xy for index in keypoint[mine]]
+        numbers, points = self._points()
+        point, image, keypoint, xy = [_NO_ROWS], [_NO_ROWS], [_NO_ROWS], [np.zeros((0, 2))]
+        for number in sorted(self._reconstruction.reg_image_ids()):
+            one = self._reconstruction.image(number)
+            # Of pycolmap's lists of observations, those of images are read ten times as fast as those of points.
+            seen = one.get_observation_points2D()
+            point.append(np.searchsorted(numbers, np.array([each.point3D_id for each in seen], np.int64)))
+            image.append(np.full(len(seen), number - 1))
+            keypoint.append(np.array(one.get_observation_point2D_idxs(), np.int64))
+            xy.append(np.array([[each.x() for each in seen], [each.y() for each in seen]]).T)
+        rows = np.concatenate(point)
+        order = np.argsort(rows, kind="stable")
         return Tracks(
-            points=np.array([point.xyz for point in points]).reshape(-1, 3),
-            point=point,
-            image=image,
-            keypoint=keypoint,
-            xy=xy,
+            points=points,
+            point=rows[order],
+            image=np.concatenate(image)[order],
+            keypoint=np.concatenate(keypoint)[order],
+            xy=np.concatenate(xy)[order],
         )
+
+    def _points(self) -> tuple[Int64, Float64]:
+        """Numbers [K] of all points, ascending, and where they are [K, 3]."""
+        found = dict(self._reconstruction.points3D.items())
+        numbers = sorted(found)
+        return np.array(numbers, np.int64), np.array([found[number].xyz for number in numbers]).reshape(-1, 3)
 
     def project(self, image: int, points: Float64) -> Float64:
         """World points [M, 3] to photo pixels [M, 2] of image number `image`; NaN behind the camera."""

@@ -32,7 +32,7 @@ def off_centre_cameras(
 
     Args:
         reconstruction: a converged model; it is not changed.
-        options: of bundle adjustment, with `refine_principal_point` set.
+        options: of bundle adjustment.
         held: what is known; cameras that were given keep their principal points.
 
     Returns:
@@ -44,7 +44,9 @@ def off_centre_cameras(
         return {}
     trial.tear_down()  # without the images that are not registered, whose poses the covariance would ask for
     config = held.configure(trial, held.given_cameras)
+    options.refine_principal_point = True
     adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, trial)
+    options.refine_principal_point = False
     if not adjuster.solve().is_solution_usable():
         return {}
     wanted = pycolmap.BACovarianceOptions()
