@@ -16,7 +16,7 @@ from mast3r_sfm.colmap.principal_point import MIN_IMAGES, is_centred, off_centre
 from mast3r_sfm.colmap.sample import place_points, take_over, thinned
 from mast3r_sfm.colmap.solving import cameras_of, solve, solve_with_shifts
 from mast3r_sfm.config import MapConfig
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Float64, Tracks
 
 MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
 """Rounds of global bundle adjustment, each to a relative change of its cost."""
@@ -84,9 +84,9 @@ class Mapper:
                 self._adjust(mapper, triangulation)
             self._settle_principal_points(mapper, triangulation)
         built = mapper.reconstruction
-        one_observation_per_image(mapper.observation_manager, built)
+        tracks = one_observation_per_image(mapper.observation_manager, built)
         mapper.end_reconstruction(False)
-        return self._finish(built)
+        return self._finish(built, tracks)
 
     def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
         """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
@@ -107,11 +107,12 @@ class Mapper:
         options, bundle = self._mapper_options(), self._bundle_options()
         options.filter_max_reproj_error *= REFINED_TRUST
         bundle.ceres.loss_function_scale *= REFINED_TRUST
-        sample = thinned(ColmapModel(reconstruction))
+        tracks = model.tracks()
+        sample = thinned(reconstruction, tracks)
         solve(sample, bundle, self._held)
         shifted = self._confirm_principal_points(sample, bundle) if settle else frozenset()
         take_over(reconstruction, sample)
-        place_points(reconstruction, bundle.ceres.loss_function_scale)
+        place_points(reconstruction, tracks, bundle.ceres.loss_function_scale)
         _filter(reconstruction, options, self._held)
         if settle:
             solve_with_shifts(reconstruction, bundle, self._held, shifted)
@@ -169,6 +170,7 @@ class Mapper:
         mapper.begin_reconstruction(reconstruction)
         for number in sorted(reconstruction.reg_image_ids()):
             mapper.triangulate_image(triangulation, number)
+        mapper.complete_and_merge_tracks(triangulation)
         return mapper
 
     def _adjust_sampled(
@@ -178,65 +180,73 @@ class Mapper:
         *,
         grow: bool,
     ) -> pycolmap.IncrementalMapper:
-        """Adjust poses and cameras to a sample of the tracks, and triangulate anew what they all match, twice.
+        """Adjust poses and cameras to a sample of the tracks, and triangulate anew what they all match.
 
         Returns:
             what holds the adjusted reconstruction.
         """
         mapper = self._triangulated_again(mapper, triangulation)
-        while grow and self._register_more(mapper, triangulation):
+        while grow and self._waiting(mapper):
+            reconstruction = mapper.reconstruction
+            self._place_all(mapper, ColmapModel(reconstruction).tracks())
+            if not self._register_more(mapper, triangulation):
+                break
             mapper = self._triangulated_again(mapper, triangulation)
-        return self._triangulated_again(mapper, triangulation, settle=True)
+        reconstruction, bundle = mapper.reconstruction, self._bundle_options(rough=True)
+        tracks = ColmapModel(reconstruction).tracks()
+        sample = self._adjusted_sample(reconstruction, tracks, bundle)
+        shifted = off_centre_cameras(sample, bundle, self._held)
+        for number, params in shifted.items():
+            sample.camera(number).params = params.tolist()
+        if shifted:
+            solve_with_shifts(sample, bundle, self._held, shifted.keys())
+        take_over(reconstruction, sample)
+        self._place_all(mapper, tracks)
+        self._held.drop_empty(mapper.observation_manager, reconstruction, self._options)
+        return mapper
 
     def _triangulated_again(
-        self,
-        mapper: pycolmap.IncrementalMapper,
-        triangulation: pycolmap.IncrementalTriangulatorOptions,
-        *,
-        settle: bool = False,
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> pycolmap.IncrementalMapper:
         """The reconstruction adjusted to a sample of its tracks, and all of them triangulated anew.
 
         Args:
             mapper: holds the reconstruction as it was.
             triangulation: of the tracks.
-            settle: whether principal points are looked for.
         """
-        self._complete(mapper, triangulation)
-        before, bundle = mapper.reconstruction, self._bundle_options(rough=True)
-        sample = thinned(ColmapModel(before))
-        solve(sample, bundle, self._held)
-        if settle:
-            shifted = off_centre_cameras(sample, bundle, self._held)
-            for number, params in shifted.items():
-                sample.camera(number).params = params.tolist()
-            if shifted:
-                solve_with_shifts(sample, bundle, self._held, shifted.keys())
+        before = mapper.reconstruction
+        sample = self._adjusted_sample(before, ColmapModel(before).tracks(), self._bundle_options(rough=True))
         mapper.end_reconstruction(False)
-        after = self._placed(
-            {number - 1: before.image(number).cam_from_world().matrix() for number in before.reg_image_ids()}
-        )
+        after = self._placed(ColmapModel(sample).poses())
         take_over(after, sample)
-        mapper = self._triangulated(after, triangulation)
-        self._complete(mapper, triangulation)
-        self._held.drop_empty(mapper.observation_manager, after, self._options)
-        return mapper
+        return self._triangulated(after, triangulation)
 
-    def _complete(
-        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
-    ) -> None:
-        """Complete and merge tracks, and drop observations that do not fit."""
-        mapper.complete_and_merge_tracks(triangulation)
+    def _adjusted_sample(
+        self, reconstruction: pycolmap.Reconstruction, tracks: Tracks, bundle: pycolmap.BundleAdjustmentOptions
+    ) -> pycolmap.Reconstruction:
+        """A sample of all `tracks`, adjusted without what does not fit."""
+        sample = thinned(reconstruction, tracks)
+        solve(sample, bundle, self._held)
+        _filter(sample, self._options, self._held)
+        return sample
+
+    def _place_all(self, mapper: pycolmap.IncrementalMapper, tracks: Tracks) -> None:
+        """Move all points to where the rays of their `tracks` meet, and drop observations that do not fit."""
+        place_points(mapper.reconstruction, tracks, self._settings.pixel_scale)
         mapper.observation_manager.filter_observations_with_negative_depth()
         mapper.filter_points(self._options)
 
-    def _finish(self, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
+    def _waiting(self, mapper: pycolmap.IncrementalMapper) -> list[int]:
+        """Images that may be registered. Those of known pose stand where it says, or in no model."""
+        return [number for number in mapper.find_next_images(self._options, False) if number not in self._held.poses]
+
+    def _finish(self, reconstruction: pycolmap.Reconstruction, tracks: Tracks | None = None) -> ColmapModel:
         """All cameras in the model that was asked for, those whose distortion was held too; known ones as they were."""
         for number, camera in reconstruction.cameras.items():
             if number not in self._held.given_cameras and camera.model.name != self._settings.config.camera_model:
                 _change_model(camera, self._settings.config.camera_model)
         self._held.place(reconstruction)
-        return ColmapModel(reconstruction)
+        return ColmapModel(reconstruction, tracks)
 
     def _hold_distortion(self, images: Iterable[int]) -> None:
         """Take the distortion from cameras that took few of the images (0-based).
@@ -298,8 +308,7 @@ class Mapper:
     ) -> int:
         """Try the images that see enough of the model's points; returns how many were registered."""
         added = 0
-        # Images of known pose stand where it says, or in no model.
-        for number in (n for n in mapper.find_next_images(self._options, False) if n not in self._held.poses):
+        for number in self._waiting(mapper):
             if mapper.register_next_image(self._registering(self._cache.image(number).camera_id), number):
                 mapper.triangulate_image(triangulation, number)
                 added += 1
@@ -354,24 +363,27 @@ def _filter(reconstruction: pycolmap.Reconstruction, options: pycolmap.Increment
     held.drop_empty(manager, reconstruction, options)
 
 
-def one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
-    """Of several keypoints that one image has in a track, keep the one nearest to where the point projects."""
-    for number in sorted(reconstruction.point3D_ids()):
-        point = reconstruction.point3D(number)
-        seen: dict[int, list[int]] = {}
-        for element in point.track.elements:
-            seen.setdefault(element.image_id, []).append(element.point2D_idx)
-        for image_id, keypoints in seen.items():
-            if len(keypoints) > 1:
-                image = reconstruction.image(image_id)
-                projected = image.project_point(point.xyz)
-                errors = [
-                    np.inf if projected is None else float(np.linalg.norm(image.point2D(keypoint).xy - projected))
-                    for keypoint in keypoints
-                ]
-                for keypoint in np.delete(keypoints, int(np.argmin(errors))).tolist():
-                    if reconstruction.exists_point3D(number):
-                        manager.delete_observation(image_id, keypoint)
+def one_observation_per_image(
+    manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction
+) -> Tracks | None:
+    """Of several keypoints that one image has in a track, keep the one nearest to where the point projects.
+
+    Returns:
+        the tracks, if there was nothing to do.
+    """
+    tracks, numbers = ColmapModel(reconstruction).tracks(), sorted(reconstruction.point3D_ids())
+    begins = np.r_[True, (np.diff(tracks.point) > 0) | (np.diff(tracks.image) > 0)][: len(tracks.point)]
+    if begins.all():
+        return tracks
+    for mine in np.split(np.arange(len(begins)), np.flatnonzero(begins)[1:]):
+        if len(mine) > 1:
+            image, point = int(tracks.image[mine[0]]) + 1, int(tracks.point[mine[0]])
+            projected = reconstruction.image(image).project_point(tracks.points[point])
+            far = 0 if projected is None else np.linalg.norm(tracks.xy[mine] - projected, axis=1)
+            for keypoint in np.delete(tracks.keypoint[mine], np.argmin(far)).tolist():
+                if reconstruction.exists_point3D(numbers[point]):
+                    manager.delete_observation(image, keypoint)
+    return None
 
 
 def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:

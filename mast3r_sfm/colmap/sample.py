@@ -15,19 +15,19 @@ from mast3r_sfm.types import Float64, Int64, Tracks
 
 CELLS = 8
 """Of a photo, along either side."""
-PER_CELL = 3
-"""Points that are taken for each cell: those of the longest tracks."""
+LEAST, PER_IMAGE = 6000, 400
+"""Observations that a sample has at least, in all and for each image, where there are so many."""
 
 
-def thinned(model: ColmapModel) -> pycolmap.Reconstruction:
-    """A copy of a model with a sample of its points."""
-    tracks = model.tracks()
+def thinned(reconstruction: pycolmap.Reconstruction, tracks: Tracks) -> pycolmap.Reconstruction:
+    """A copy with a sample of its points, of all `tracks`."""
     sizes = np.zeros((tracks.image.max(initial=0) + 1, 2))
     for image in np.unique(tracks.image).tolist():
-        sizes[image] = model.size(image)
+        camera = reconstruction.image(image + 1).camera
+        sizes[image] = camera.width, camera.height
     kept = np.zeros(len(tracks.points), np.bool_)
     kept[spread_points(tracks, sizes)] = True
-    sample = pycolmap.Reconstruction(model.reconstruction)
+    sample = pycolmap.Reconstruction(reconstruction)
     for number in np.array(sorted(sample.point3D_ids()), np.int64)[~kept].tolist():
         sample.delete_point3D(number)
     return sample
@@ -35,6 +35,8 @@ def thinned(model: ColmapModel) -> pycolmap.Reconstruction:
 
 def spread_points(tracks: Tracks, sizes: Float64) -> Int64:
     """Rows of the points with the longest tracks in each cell of each image.
+
+    As many of each cell as make up enough observations.
 
     Args:
         tracks: of a model.
@@ -46,7 +48,11 @@ def spread_points(tracks: Tracks, sizes: Float64) -> Int64:
     order = np.lexsort((tracks.point, -length[tracks.point], place))
     begins = np.r_[True, np.diff(place[order]) > 0][: len(order)]
     rank = np.arange(len(order)) - np.flatnonzero(begins)[np.cumsum(begins) - 1]
-    return np.unique(tracks.point[order[rank < PER_CELL]])
+    best = np.full(len(length), len(order))
+    np.minimum.at(best, tracks.point[order], rank)
+    wanted = max(LEAST, PER_IMAGE * len(np.unique(tracks.image)))
+    taken = np.cumsum(np.bincount(best, length, minlength=1))
+    return np.flatnonzero(best <= np.searchsorted(taken, wanted))
 
 
 def take_over(reconstruction: pycolmap.Reconstruction, sample: pycolmap.Reconstruction) -> None:
@@ -57,15 +63,15 @@ def take_over(reconstruction: pycolmap.Reconstruction, sample: pycolmap.Reconstr
         reconstruction.camera(image.camera_id).params = sample.camera(image.camera_id).params
 
 
-def place_points(reconstruction: pycolmap.Reconstruction, scale_px: float) -> None:
+def place_points(reconstruction: pycolmap.Reconstruction, tracks: Tracks, scale_px: float) -> None:
     """Move all points to where their rays meet, poses and cameras as they are.
 
     Args:
         reconstruction: a model.
+        tracks: its observations, and where the points were.
         scale_px: photo pixels from which on an observation counts less.
     """
     model = ColmapModel(reconstruction)
-    tracks = model.tracks()
     centres, rays = np.zeros((len(tracks.point), 3)), np.zeros((len(tracks.point), 3))
     focal = []
     for image in np.unique(tracks.image).tolist():

@@ -188,8 +188,9 @@ def _join_greedily(ends: Int64, confidence: Float64, image: Int64) -> Bool:
     owner, images = list(range(len(nodes))), [1 << number for number in image[nodes].tolist()]
     # Of equal ones the first by its keypoints, whatever the order of the pairs.
     order = np.lexsort((ends[:, 1], ends[:, 0], -confidence))
-    for row, (first, second) in zip(order.tolist(), compact.reshape(-1, 2)[order].tolist(), strict=True):
-        first, second = _owner_of(first, owner), _owner_of(second, owner)
+    firsts, seconds = compact.reshape(-1, 2)[order].T.tolist()
+    for row, one, other in zip(order.tolist(), firsts, seconds, strict=True):
+        first, second = _owner_of(one, owner), _owner_of(other, owner)
         if first == second:
             good[row] = True
         elif not images[first] & images[second]:

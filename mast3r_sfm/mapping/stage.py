@@ -268,9 +268,10 @@ def _holds_all(adjusted: ColmapModel, before: ColmapModel) -> bool:
     """Whether all images are still there and rest on something: COLMAP leaves in those that lost all observations."""
     if adjusted.cam_from_world.keys() != before.cam_from_world.keys():
         return False
-    count_before = np.bincount(before.tracks().image)
-    count = np.bincount(adjusted.tracks().image, minlength=len(count_before))
-    return adjusted.num_points >= MIN_POINTS and bool((count >= count_before.clip(max=MIN_OBSERVATIONS)).all())
+    had, have = before.observations_of_images(), adjusted.observations_of_images()
+    return adjusted.num_points >= MIN_POINTS and all(
+        have[image] >= min(count, MIN_OBSERVATIONS) for image, count in had.items()
+    )
 
 
 def photo_scale(scales: Sequence[float]) -> float:
