@@ -215,7 +215,10 @@ class Mapper:
             triangulation: of the tracks.
         """
         before = mapper.reconstruction
-        sample = self._adjusted_sample(before, ColmapModel(before).tracks(), self._bundle_options(rough=True))
+        bundle = self._bundle_options(rough=True)
+        # Poses that are off a degree would be explained by distortion.
+        bundle.refine_extra_params = False
+        sample = self._adjusted_sample(before, ColmapModel(before).tracks(), bundle)
         mapper.end_reconstruction(False)
         after = self._placed(ColmapModel(sample).poses())
         take_over(after, sample)
