@@ -10,6 +10,7 @@ Shape letters: N patches, K pixels of a patch that are compared, M pixels asked 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +23,8 @@ RADIUS = 7
 """Half the side of a patch, which counts less towards its border."""
 SPREAD = 0.6 * RADIUS
 """Standard deviation of the pixels' weights, in pixels of the patch."""
-MAX_ITERATIONS = 15
-CONVERGED, NEAR = 0.01, 0.1
+MAX_ITERATIONS = 10
+CONVERGED, NEAR = 0.02, 0.1
 """Steps in pixels below which a patch has arrived, and is near enough to go on from on a finer level."""
 MAX_STEP = 1.5
 TOGETHER = 512
@@ -113,7 +114,12 @@ def cut_windows(image: Tensor, xy: Tensor, spacing: float) -> Tensor:
 
 
 def align_patches(
-    image: Tensor, reference: Patches, affine: Tensor, start: Tensor, tolerance: float = CONVERGED
+    image: Tensor,
+    reference: Patches,
+    affine: Tensor,
+    start: Tensor,
+    tolerance: float = CONVERGED,
+    reach: float = math.inf,
 ) -> Alignment:
     """Find patches in an image.
 
@@ -123,6 +129,7 @@ def align_patches(
         affine: [N, 2, 2] from pixels of the patch to pixels of the image.
         start: [N, 2] pixels of the image where they are expected, to within a few pixels of the patch.
         tolerance: pixels of the patch; one has arrived when it steps less.
+        reach: pixels of the image; one that is farther than that from where it was expected is given up.
     """
     weight, count = _weights(), len(start)
     # Patches that show nothing keep a matrix that can be inverted; their uncertainty says what they are.
@@ -132,7 +139,8 @@ def align_patches(
         some = slice(begin, begin + TOGETHER)
         weighted = weight * reference.values[some]
         descent = inverse[some] @ (weight * reference.gradient[some])
-        found.append(_descend(image, _Moving(start[some], affine[some], weighted, descent), tolerance))
+        moving = _Moving(start[some], start[some], affine[some], weighted, descent)
+        found.append(_descend(image, moving, tolerance, reach))
     xy, correlation, last = torch.cat(found).split([2, 1, 1], dim=1)
     correlation = correlation[:, 0]
     residual = (1 - correlation.square()).clamp(min=0) / correlation.square().clamp(min=1e-6)
@@ -151,6 +159,8 @@ def align_patches(
 class _Moving(NamedTuple):
     """Patches on their way."""
 
+    start: Tensor
+    """[M, 2] where they were expected."""
     xy: Tensor
     """[M, 2] where they are."""
     affine: Tensor
@@ -164,7 +174,7 @@ class _Moving(NamedTuple):
         return _Moving(*(part[rows] for part in self))
 
 
-def _descend(image: Tensor, moving: _Moving, tolerance: float) -> Tensor:
+def _descend(image: Tensor, moving: _Moving, tolerance: float, reach: float) -> Tensor:
     """[N, 4] pixels where patches were found, their correlation before the last step, and the length of that."""
     weight, steps = _weights(), _compared()
     found = torch.empty(len(moving.xy), 4)
@@ -181,7 +191,7 @@ def _descend(image: Tensor, moving: _Moving, tolerance: float) -> Tensor:
         # The patch was moved against the reference, so the place moves the other way.
         place = moving.xy - (moving.affine @ step[:, :, None])[:, :, 0]
         found[rows] = torch.cat([place, correlation[:, None], length], dim=1)
-        going = (length[:, 0] > tolerance).nonzero()[:, 0]
+        going = ((length[:, 0] > tolerance) & ((place - moving.start).norm(dim=1) < reach)).nonzero()[:, 0]
         if not len(going):
             break
         rows, offsets = rows[going], offsets[going]
