@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pycolmap
 
 from mast3r_sfm.colmap.held import Held, refine_around, rigid
 from mast3r_sfm.colmap.model import ColmapModel
-from mast3r_sfm.colmap.principal_point import MIN_IMAGES, is_centred, off_centre_cameras
+from mast3r_sfm.colmap.observations import drop_misfits, one_observation_per_image
+from mast3r_sfm.colmap.principal_point import MIN_IMAGES, confirmed_shifts, off_centre_cameras
 from mast3r_sfm.colmap.sample import place_points, take_over, thinned
 from mast3r_sfm.colmap.solving import cameras_of, solve, solve_with_shifts
 from mast3r_sfm.config import MapConfig
@@ -22,7 +22,6 @@ MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
 """Rounds of global bundle adjustment, each to a relative change of its cost."""
 ROUGH_TOLERANCE = 1e-4
 """The same where observations are still to be refined, which gains more than the last rounds would."""
-READJUSTMENTS = 2
 REFINED_TRUST = 0.5
 """By which thresholds and the loss shrink once observations are refined."""
 PARALLEL_RESIDUALS = 1_000_000
@@ -110,44 +109,14 @@ class Mapper:
         tracks = model.tracks()
         sample = thinned(reconstruction, tracks)
         solve(sample, bundle, self._held)
-        shifted = self._confirm_principal_points(sample, bundle) if settle else frozenset()
+        shifted = confirmed_shifts(sample, bundle, self._held) if settle else frozenset()
         take_over(reconstruction, sample)
         place_points(reconstruction, tracks, bundle.ceres.loss_function_scale)
-        _filter(reconstruction, options, self._held)
+        drop_misfits(reconstruction, options, self._held)
         if settle:
             solve_with_shifts(reconstruction, bundle, self._held, shifted)
-            _filter(reconstruction, options, self._held)
+            drop_misfits(reconstruction, options, self._held)
         return self._finish(reconstruction)
-
-    def _confirm_principal_points(
-        self, sample: pycolmap.Reconstruction, bundle: pycolmap.BundleAdjustmentOptions
-    ) -> frozenset[int]:
-        """Bring principal points back to the middle where refined observations do not confirm that they are off it.
-
-        Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
-        the raw ones, which err independently, showed: one about as far, in about that direction.
-
-        Args:
-            sample: adjusted to refined observations; it is adjusted again.
-            bundle: how.
-
-        Returns:
-            the cameras whose principal point stays off the middle.
-        """
-        open_cameras = cameras_of(sample) - self._held.given_cameras
-        shifted = frozenset(number for number in open_cameras if not is_centred(sample.camera(number)))
-        for _ in range(READJUSTMENTS):
-            found = off_centre_cameras(sample, bundle, self._held) if shifted else {}
-            confirmed = {number for number in found.keys() & shifted if _agrees(sample, number, found[number])}
-            if confirmed == shifted:
-                break
-            for camera in (sample.camera(number) for number in sorted(shifted - confirmed)):
-                camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
-            solve(sample, bundle, self._held)
-            shifted = frozenset(confirmed)
-        if shifted:
-            solve_with_shifts(sample, bundle, self._held, shifted)
-        return shifted
 
     def _placed(self, poses: Mapping[int, Float64]) -> pycolmap.Reconstruction:
         """All images of the database with some of them registered, cam_from_world [3, 4] by image number (0-based)."""
@@ -230,7 +199,7 @@ class Mapper:
         """A sample of all `tracks`, adjusted without what does not fit."""
         sample = thinned(reconstruction, tracks)
         solve(sample, bundle, self._held)
-        _filter(sample, self._options, self._held)
+        drop_misfits(sample, self._options, self._held)
         return sample
 
     def _place_all(self, mapper: pycolmap.IncrementalMapper, tracks: Tracks) -> None:
@@ -356,45 +325,6 @@ class Mapper:
     @property
     def _max_error(self) -> float:
         return self._settings.config.max_reprojection_error_px * self._settings.pixel_scale
-
-
-def _filter(reconstruction: pycolmap.Reconstruction, options: pycolmap.IncrementalMapperOptions, held: Held) -> None:
-    """Drop observations that do not fit, and images that hold nothing any more."""
-    manager = pycolmap.ObservationManager(reconstruction)
-    manager.filter_observations_with_negative_depth()
-    manager.filter_all_points3D(options.filter_max_reproj_error, options.filter_min_tri_angle)
-    held.drop_empty(manager, reconstruction, options)
-
-
-def one_observation_per_image(
-    manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction
-) -> Tracks | None:
-    """Of several keypoints that one image has in a track, keep the one nearest to where the point projects.
-
-    Returns:
-        the tracks, if there was nothing to do.
-    """
-    tracks, numbers = ColmapModel(reconstruction).tracks(), sorted(reconstruction.point3D_ids())
-    begins = np.r_[True, (np.diff(tracks.point) > 0) | (np.diff(tracks.image) > 0)][: len(tracks.point)]
-    if begins.all():
-        return tracks
-    for mine in np.split(np.arange(len(begins)), np.flatnonzero(begins)[1:]):
-        if len(mine) > 1:
-            image, point = int(tracks.image[mine[0]]) + 1, int(tracks.point[mine[0]])
-            projected = reconstruction.image(image).project_point(tracks.points[point])
-            far = 0 if projected is None else np.linalg.norm(tracks.xy[mine] - projected, axis=1)
-            for keypoint in np.delete(tracks.keypoint[mine], np.argmin(far)).tolist():
-                if reconstruction.exists_point3D(numbers[point]):
-                    manager.delete_observation(image, keypoint)
-    return None
-
-
-def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:
-    """Whether a camera's principal point is nearer to the refined one than to the middle."""
-    camera = reconstruction.camera(number)
-    held = np.array([camera.principal_point_x, camera.principal_point_y])
-    middle = np.array([camera.width, camera.height]) / 2
-    return bool(np.linalg.norm(refined[list(camera.principal_point_idxs())] - held) < np.linalg.norm(held - middle))
 
 
 def _change_model(camera: pycolmap.Camera, model: str) -> None:

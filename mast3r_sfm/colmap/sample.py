@@ -23,7 +23,7 @@ def thinned(reconstruction: pycolmap.Reconstruction, tracks: Tracks) -> pycolmap
     """A copy with a sample of its points, of all `tracks`."""
     sizes = np.zeros((tracks.image.max(initial=0) + 1, 2))
     for image in np.unique(tracks.image).tolist():
-        camera = reconstruction.image(image + 1).camera
+        camera = reconstruction.camera(reconstruction.image(image + 1).camera_id)
         sizes[image] = camera.width, camera.height
     kept = np.zeros(len(tracks.points), np.bool_)
     kept[spread_points(tracks, sizes)] = True
@@ -60,7 +60,7 @@ def take_over(reconstruction: pycolmap.Reconstruction, sample: pycolmap.Reconstr
     for number in sample.reg_image_ids():
         image = sample.image(number)
         reconstruction.frame(image.frame_id).rig_from_world = sample.frame(image.frame_id).rig_from_world
-        reconstruction.camera(image.camera_id).params = sample.camera(image.camera_id).params
+        reconstruction.camera(image.camera_id).params = list(sample.camera(image.camera_id).params)
 
 
 def place_points(reconstruction: pycolmap.Reconstruction, tracks: Tracks, scale_px: float) -> None:
@@ -77,7 +77,7 @@ def place_points(reconstruction: pycolmap.Reconstruction, tracks: Tracks, scale_
     for image in np.unique(tracks.image).tolist():
         mine = tracks.image == image
         centres[mine], rays[mine] = model.viewing_rays(image, tracks.xy[mine])
-        focal.append(reconstruction.image(image + 1).camera.mean_focal_length())
+        focal.append(reconstruction.camera(reconstruction.image(image + 1).camera_id).mean_focal_length())
     if not focal:
         return
     placed = meet_rays(tracks.points, tracks.point, centres, rays, scale_px / float(np.median(focal)))

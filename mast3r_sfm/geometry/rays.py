@@ -47,6 +47,8 @@ def _nearest(points: Float64, point: Int64, centres: Float64, rays: Float64, wei
 
 def _summed(point: Int64, values: Float64, count: int) -> Float64:
     """[K, …] sums of the values [O, …] of each point."""
-    flat = values.reshape(len(values), -1)
-    columns = [np.bincount(point, flat[:, column], minlength=count) for column in range(flat.shape[1])]
-    return np.stack(columns, axis=1).reshape(count, *values.shape[1:])
+    inner = values.shape[1:]
+    total = np.zeros((count, int(np.prod(inner))))
+    for column, one in enumerate(values.reshape(len(values), total.shape[1]).T):
+        total[:, column] = np.bincount(point, one, minlength=count)
+    return total.reshape(count, *inner)

@@ -141,8 +141,8 @@ def align_patches(
         descent = inverse[some] @ (weight * reference.gradient[some])
         moving = _Moving(start[some], start[some], affine[some], weighted, descent)
         found.append(_descend(image, moving, tolerance, reach))
-    xy, correlation, last = torch.cat(found).split([2, 1, 1], dim=1)
-    correlation = correlation[:, 0]
+    all_found = torch.cat(found)
+    xy, correlation, last = all_found[:, :2], all_found[:, 2], all_found[:, 3]
     residual = (1 - correlation.square()).clamp(min=0) / correlation.square().clamp(min=1e-6)
     # As many as if all pixels were compared, since the others say the same.
     full = torch.exp(-_grid(RADIUS).square().sum(dim=-1) / (2 * SPREAD**2))
@@ -152,7 +152,7 @@ def align_patches(
         xy=xy,
         correlation=correlation,
         uncertainty=(residual / (effective * worst)).sqrt(),
-        converged=last[:, 0] <= tolerance,
+        converged=last <= tolerance,
     )
 
 
