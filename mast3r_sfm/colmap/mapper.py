@@ -13,8 +13,9 @@ from mast3r_sfm.colmap.held import Held, refine_around, rigid
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.colmap.observations import drop_misfits, one_observation_per_image
 from mast3r_sfm.colmap.principal_point import MIN_IMAGES, confirmed_shifts, off_centre_cameras
+from mast3r_sfm.colmap.registration import Evidence, register_by_points
 from mast3r_sfm.colmap.sample import place_points, take_over, thinned
-from mast3r_sfm.colmap.solving import cameras_of, solve, solve_with_shifts
+from mast3r_sfm.colmap.solving import adjust_around, cameras_of, solve, solve_with_shifts
 from mast3r_sfm.config import MapConfig
 from mast3r_sfm.types import Float64, Tracks
 
@@ -117,6 +118,28 @@ class Mapper:
             solve_with_shifts(reconstruction, bundle, self._held, shifted)
             drop_misfits(reconstruction, options, self._held)
         return self._finish(reconstruction)
+
+    def register_again(self, model: ColmapModel, images: Iterable[int]) -> ColmapModel | None:
+        """Try images (0-based) that stand in no model against a finished one: it is better than that which they failed.
+
+        Args:
+            model: it is not changed. Observations of it may be where the database does not know them.
+            images: those of known pose are passed over.
+
+        Returns:
+            the model with those that it holds, each adjusted together with its neighbours; None where it holds none.
+        """
+        candidates = {image + 1 for image in images} - self._held.poses.keys()
+        found = register_by_points(
+            model.reconstruction, self._cache.correspondence_graph, candidates, self._evidence(), self._held
+        )
+        return None if found is None else self._finish(found)
+
+    def _evidence(self) -> Evidence:
+        bundle = self._bundle_options(rough=True)
+        # A camera of its own would have a single image.
+        bundle.refine_extra_params = False
+        return Evidence(max_error_px=self._max_error, bundle=bundle, seed=self._settings.seed)
 
     def _placed(self, poses: Mapping[int, Float64]) -> pycolmap.Reconstruction:
         """All images of the database with some of them registered, cam_from_world [3, 4] by image number (0-based)."""
@@ -283,6 +306,7 @@ class Mapper:
         for number in self._waiting(mapper):
             if mapper.register_next_image(self._registering(self._cache.image(number).camera_id), number):
                 mapper.triangulate_image(triangulation, number)
+                adjust_around(mapper.reconstruction, number, self._bundle_options(rough=True), self._held)
                 added += 1
         return added
 
