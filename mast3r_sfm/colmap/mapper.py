@@ -130,10 +130,13 @@ class Mapper:
             the model with those that it holds, each adjusted together with its neighbours; None where it holds none.
         """
         candidates = {image + 1 for image in images} - self._held.poses.keys()
-        found = register_by_points(
-            model.reconstruction, self._cache.correspondence_graph, candidates, self._evidence(), self._held
-        )
-        return None if found is None else self._finish(found)
+        # A camera that the model does not know would be one of few images.
+        self._hold_distortion(())
+        found = register_by_points(model.reconstruction, self._cache, candidates, self._evidence(), self._held)
+        if found is None:
+            return None
+        found.tear_down()
+        return self._finish(found)
 
     def _evidence(self) -> Evidence:
         bundle = self._bundle_options(rough=True)

@@ -31,7 +31,7 @@ class Evidence:
 
 def register_by_points(
     reconstruction: pycolmap.Reconstruction,
-    matches: pycolmap.CorrespondenceGraph,
+    cache: pycolmap.DatabaseCache,
     candidates: Collection[int],
     evidence: Evidence,
     held: Held,
@@ -39,8 +39,8 @@ def register_by_points(
     """Register images by the points of a model that they match; what is registered may help the next one.
 
     Args:
-        reconstruction: a finished model with all images of the database; it is not changed.
-        matches: of the database.
+        reconstruction: a finished model; it is not changed.
+        cache: of its database.
         candidates: numbers of images.
         evidence: what an image must show.
         held: what is known.
@@ -48,9 +48,11 @@ def register_by_points(
     Returns:
         a copy with the images that showed it; None where there is none.
     """
-    waiting = sorted(number for number in candidates if reconstruction.exists_image(number))
-    waiting = [number for number in waiting if not reconstruction.image(number).has_pose]
-    current, added = reconstruction, 0
+    waiting = sorted(set(candidates).intersection(cache.images.keys()).difference(reconstruction.reg_image_ids()))
+    current, added = pycolmap.Reconstruction(reconstruction), 0
+    for number in waiting:
+        _add_image(current, cache, number)
+    matches = cache.correspondence_graph
     while waiting:
         seen = {number: _matched_points(current, matches, number) for number in waiting}
         # The one with the most points first; the others are asked anew, since it may show them more.
@@ -64,6 +66,20 @@ def register_by_points(
         else:
             break
     return current if added else None
+
+
+def _add_image(reconstruction: pycolmap.Reconstruction, cache: pycolmap.DatabaseCache, number: int) -> None:
+    """Add an image of the database, without a pose, with what it needs; finished models hold none of those."""
+    image = cache.image(number)
+    frame = cache.frame(image.frame_id)
+    if not reconstruction.exists_camera(image.camera_id):
+        reconstruction.add_camera(cache.camera(image.camera_id))
+    if not reconstruction.exists_rig(frame.rig_id):
+        reconstruction.add_rig(cache.rig(frame.rig_id))
+    if not reconstruction.exists_frame(image.frame_id):
+        reconstruction.add_frame(frame)
+    if not reconstruction.exists_image(number):
+        reconstruction.add_image(image)
 
 
 def _matched_points(
