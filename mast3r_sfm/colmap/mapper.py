@@ -10,6 +10,7 @@ from pathlib import Path
 import pycolmap
 
 from mast3r_sfm.colmap.held import Held, refine_around, rigid
+from mast3r_sfm.colmap.held_out import gains_of_shifts
 from mast3r_sfm.colmap.model import ColmapModel
 from mast3r_sfm.colmap.observations import drop_misfits, one_observation_per_image
 from mast3r_sfm.colmap.principal_point import MIN_IMAGES, confirmed_shifts, off_centre_cameras
@@ -190,7 +191,7 @@ class Mapper:
         reconstruction, bundle = mapper.reconstruction, self._bundle_options(rough=True)
         tracks = ColmapModel(reconstruction).tracks()
         sample = self._adjusted_sample(reconstruction, tracks, bundle)
-        shifted = off_centre_cameras(sample, bundle, self._held)
+        shifted = self._off_centre(sample, sample, bundle)
         for number, params in shifted.items():
             sample.camera(number).params = params.tolist()
         if shifted:
@@ -271,7 +272,8 @@ class Mapper:
         """Refine the principal points that are determined and out of the middle; leave the others there."""
         reconstruction = mapper.reconstruction
         options = self._bundle_options()
-        refined = off_centre_cameras(reconstruction, options, self._held)
+        sample = thinned(reconstruction, ColmapModel(reconstruction).tracks())
+        refined = self._off_centre(reconstruction, sample, options)
         if not refined:
             return
         for number, params in refined.items():
@@ -280,6 +282,21 @@ class Mapper:
         held.constant_cameras = cameras_of(reconstruction) - set(refined)
         options.refine_principal_point = True
         self._refine(mapper, held, options, triangulation, 1)
+
+    def _off_centre(
+        self,
+        reconstruction: pycolmap.Reconstruction,
+        sample: pycolmap.Reconstruction,
+        bundle: pycolmap.BundleAdjustmentOptions,
+    ) -> dict[int, Float64]:
+        """Refined parameters of the cameras whose principal points are determined and out of the middle.
+
+        Significant against the noise of the observations, and not by what these have in common with no others: the
+        sample of them that was held out must be explained better as well.
+        """
+        found = off_centre_cameras(reconstruction, bundle, self._held)
+        gains = gains_of_shifts(sample, bundle, self._held, found.keys()) if found else {}
+        return {number: params for number, params in found.items() if gains[number] > 0}
 
     def _adjust(
         self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
