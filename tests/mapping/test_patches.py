@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -368,3 +369,14 @@ def test_smoothing_is_a_gaussian(sigma: float) -> None:
         assert float((profile * steps**2).sum()) == pytest.approx(sigma**2, rel=0.05)
     flat = torch.full((40, 60), 12.0)
     torch.testing.assert_close(smooth(flat, sigma), flat)
+
+
+def test_what_leaves_for_good_is_given_up() -> None:
+    image, xy = image_of(COARSE), anywhere(60)
+    reference = Patches.prepare(cut_windows(smooth(image, 1.0), xy, 1.0))
+    start = xy + torch.tensor([3.5, 0.0])
+    free, bound = (align_patches(image, reference, affine_of(60), start, reach=reach) for reach in (math.inf, 1.0))
+    assert free.converged.float().mean() > 0.8
+    # They have to go farther than they may.
+    assert not bound.converged[free.converged].any()
+    assert float((bound.xy - start).norm(dim=1).max()) < 1.0 + 1.5
