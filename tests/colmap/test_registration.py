@@ -160,3 +160,27 @@ def test_an_image_is_adjusted_around_itself(make_database: MakeDatabase, monkeyp
     assert [list(camera.params) for camera in wrong.cameras.values()] == [
         list(camera.params) for camera in model.reconstruction.cameras.values()
     ]
+
+
+def test_an_image_most_of_whose_matches_disagree_stays_out(make_database: MakeDatabase) -> None:
+    """A fifth of them would be enough by their number."""
+    scene = arc()
+    model_of = {}
+    for wrong in (0.6, 0.85):
+        mapper = Mapper(make_database(scene, with_wrong(scene, wrong, noise_px=0.0)), settings())
+        model_of[wrong] = mapper.register_again(without_last(scene, mapper), [LAST])
+    assert model_of[0.6] is not None
+    assert model_of[0.85] is None
+
+
+def test_known_neighbours_stay_while_an_image_is_adjusted(make_database: MakeDatabase) -> None:
+    scene = arc()
+    mapper = Mapper(make_database(scene, with_wrong(scene, 0.0)), settings())
+    model = mapper.build(nudged(scene, range(NUMBER)))
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    held = Held(poses={image + 1: pose_params(model.poses()[image]) for image in (0, 1, 3, 4, 5)})
+    wrong = pushed(model, 2)
+    adjust_around(wrong, 3, options, held)
+    for image, pose in model.poses().items():
+        assert np.array_equal(pose, ColmapModel(wrong).poses()[image]) == (image != 2)
