@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pycolmap
 
 from mast3r_sfm.colmap.held import Held, refine_around, rigid
+from mast3r_sfm.colmap.held_out import gains_of_shifts
 from mast3r_sfm.colmap.model import ColmapModel
-from mast3r_sfm.colmap.principal_point import MIN_IMAGES, is_centred, off_centre_cameras
+from mast3r_sfm.colmap.observations import drop_misfits, one_observation_per_image
+from mast3r_sfm.colmap.principal_point import MIN_IMAGES, confirmed_shifts, off_centre_cameras
+from mast3r_sfm.colmap.registration import Evidence, register_by_points
+from mast3r_sfm.colmap.sample import place_points, take_over, thinned
+from mast3r_sfm.colmap.solving import adjust_around, cameras_of, solve, solve_with_shifts
 from mast3r_sfm.config import MapConfig
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Float64, Tracks
 
 MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
 """Rounds of global bundle adjustment, each to a relative change of its cost."""
-ROUGH_REFINEMENTS, ROUGH_TOLERANCE = 2, 1e-4
+ROUGH_TOLERANCE = 1e-4
 """The same where observations are still to be refined, which gains more than the last rounds would."""
-READJUSTMENTS = 2
 REFINED_TRUST = 0.5
 """By which thresholds and the loss shrink once observations are refined."""
 PARALLEL_RESIDUALS = 1_000_000
@@ -73,6 +76,79 @@ class Mapper:
             rough: whether observations will be refined and adjusted again, so that less will do.
         """
         self._hold_distortion(poses)
+        reconstruction = self._placed(poses)
+        triangulation = self._triangulation_options(len(poses))
+        mapper = self._triangulated(reconstruction, triangulation)
+        if rough:
+            mapper = self._adjust_sampled(mapper, triangulation, grow=grow)
+        else:
+            self._adjust(mapper, triangulation)
+            while grow and self._register_more(mapper, triangulation):
+                self._adjust(mapper, triangulation)
+            self._settle_principal_points(mapper, triangulation)
+        built = mapper.reconstruction
+        tracks = one_observation_per_image(mapper.observation_manager, built)
+        mapper.end_reconstruction(False)
+        return self._finish(built, tracks)
+
+    def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
+        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
+
+        The database is not asked: observations may be there that it does not know. Poses and cameras are found by a
+        sample of the tracks, and all points placed by them.
+
+        Args:
+            model: it is not changed.
+            settle: whether this is the last word, for which all observations are adjusted; otherwise principal points
+                stay where they are as well.
+        """
+        reconstruction = pycolmap.Reconstruction(model.reconstruction)
+        self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
+        for number, camera in reconstruction.cameras.items():
+            if camera.model != self._cache.camera(number).model:
+                _change_model(camera, self._without_distortion)
+        options, bundle = self._mapper_options(), self._bundle_options()
+        options.filter_max_reproj_error *= REFINED_TRUST
+        bundle.ceres.loss_function_scale *= REFINED_TRUST
+        tracks = model.tracks()
+        sample = thinned(reconstruction, tracks)
+        solve(sample, bundle, self._held)
+        shifted = confirmed_shifts(sample, bundle, self._held) if settle else frozenset()
+        take_over(reconstruction, sample)
+        place_points(reconstruction, tracks, bundle.ceres.loss_function_scale)
+        drop_misfits(reconstruction, options, self._held)
+        if settle:
+            solve_with_shifts(reconstruction, bundle, self._held, shifted)
+            drop_misfits(reconstruction, options, self._held)
+        return self._finish(reconstruction)
+
+    def register_again(self, model: ColmapModel, images: Iterable[int]) -> ColmapModel | None:
+        """Try images (0-based) that stand in no model against a finished one: it is better than that which they failed.
+
+        Args:
+            model: it is not changed. Observations of it may be where the database does not know them.
+            images: those of known pose are passed over.
+
+        Returns:
+            the model with those that it holds, each adjusted together with its neighbours; None where it holds none.
+        """
+        candidates = {image + 1 for image in images} - self._held.poses.keys()
+        # A camera that the model does not know would be one of few images.
+        self._hold_distortion(())
+        found = register_by_points(model.reconstruction, self._cache, candidates, self._evidence(), self._held)
+        if found is None:
+            return None
+        found.tear_down()
+        return self._finish(found)
+
+    def _evidence(self) -> Evidence:
+        bundle = self._bundle_options(rough=True)
+        # A camera of its own would have a single image.
+        bundle.refine_extra_params = False
+        return Evidence(max_error_px=self._max_error, bundle=bundle, seed=self._settings.seed)
+
+    def _placed(self, poses: Mapping[int, Float64]) -> pycolmap.Reconstruction:
+        """All images of the database with some of them registered, cam_from_world [3, 4] by image number (0-based)."""
         reconstruction = pycolmap.Reconstruction()
         reconstruction.load(self._cache)
         for image, pose in poses.items():
@@ -82,66 +158,101 @@ class Mapper:
                 pycolmap.Rigid3d(pycolmap.Rotation3d(pose[:, :3]), pose[:, 3]) if fixed is None else rigid(fixed)
             )
             reconstruction.register_frame(frame.frame_id)
+        return reconstruction
+
+    def _triangulated(
+        self, reconstruction: pycolmap.Reconstruction, triangulation: pycolmap.IncrementalTriangulatorOptions
+    ) -> pycolmap.IncrementalMapper:
+        """A mapper that has begun a reconstruction and triangulated what its images match."""
         mapper = pycolmap.IncrementalMapper(self._cache)
         mapper.begin_reconstruction(reconstruction)
-        triangulation = self._triangulation_options(len(poses))
-        self._triangulate_all(mapper, reconstruction, triangulation)
-        self._adjust(mapper, triangulation, rough=rough)
-        while grow and self._register_more(mapper, triangulation):
-            self._adjust(mapper, triangulation, rough=rough)
-        self._settle_principal_points(mapper, triangulation, rough=rough)
-        one_observation_per_image(mapper.observation_manager, reconstruction)
-        mapper.end_reconstruction(False)
-        return self._finish(reconstruction)
+        numbers = sorted(reconstruction.reg_image_ids())
+        for number in numbers:
+            mapper.triangulate_image(triangulation, number)
+        thin = [number for number in numbers if reconstruction.image(number).num_points3D < THIN]
+        as_of_few = self._triangulation_options(0)
+        for number in thin:
+            mapper.triangulate_image(as_of_few, number)
+        mapper.complete_and_merge_tracks(triangulation)
+        return mapper
 
-    def readjust(self, model: ColmapModel, *, settle: bool = True) -> ColmapModel:
-        """Adjust a model whose observations were refined: they are trusted more, and nothing is added to them.
+    def _adjust_sampled(
+        self,
+        mapper: pycolmap.IncrementalMapper,
+        triangulation: pycolmap.IncrementalTriangulatorOptions,
+        *,
+        grow: bool,
+    ) -> pycolmap.IncrementalMapper:
+        """Adjust poses and cameras to a sample of the tracks, and triangulate anew what they all match.
 
-        The database is not asked: observations may be there that it does not know.
+        Returns:
+            what holds the adjusted reconstruction.
+        """
+        mapper = self._triangulated_again(mapper, triangulation)
+        while grow and self._waiting(mapper):
+            reconstruction = mapper.reconstruction
+            self._place_all(mapper, ColmapModel(reconstruction).tracks())
+            if not self._register_more(mapper, triangulation):
+                break
+            mapper = self._triangulated_again(mapper, triangulation)
+        reconstruction, bundle = mapper.reconstruction, self._bundle_options(rough=True)
+        tracks = ColmapModel(reconstruction).tracks()
+        sample = self._adjusted_sample(reconstruction, tracks, bundle)
+        shifted = self._off_centre(sample, sample, bundle)
+        for number, params in shifted.items():
+            sample.camera(number).params = params.tolist()
+        if shifted:
+            solve_with_shifts(sample, bundle, self._held, shifted.keys())
+        take_over(reconstruction, sample)
+        self._place_all(mapper, tracks)
+        self._held.drop_empty(mapper.observation_manager, reconstruction, self._options)
+        return mapper
+
+    def _triangulated_again(
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
+    ) -> pycolmap.IncrementalMapper:
+        """The reconstruction adjusted to a sample of its tracks, and all of them triangulated anew.
 
         Args:
-            model: it is not changed.
-            settle: whether this is the last word; otherwise it is adjusted once, and principal points stay where they
-                are.
+            mapper: holds the reconstruction as it was.
+            triangulation: of the tracks.
         """
-        reconstruction = pycolmap.Reconstruction(model.reconstruction)
-        self._hold_distortion(number - 1 for number in reconstruction.reg_image_ids())
-        for number, camera in reconstruction.cameras.items():
-            if camera.model != self._cache.camera(number).model:
-                _change_model(camera, self._without_distortion)
-        options, bundle = self._mapper_options(), self._bundle_options(rough=not settle)
-        options.filter_max_reproj_error *= REFINED_TRUST
-        bundle.ceres.loss_function_scale *= REFINED_TRUST
-        if not settle:
-            _adjust(reconstruction, options, bundle, self._held)
-            return self._finish(reconstruction)
-        used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
-        open_cameras = used - self._held.given_cameras
-        # Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that
-        # the raw ones, which err independently, showed: one about as far, in about that direction.
-        shifted = {number for number in open_cameras if not is_centred(reconstruction.camera(number))}
-        confirmed: set[int] = set()
-        for _ in range(READJUSTMENTS):
-            bundle.refine_principal_point = False
-            _adjust(reconstruction, options, bundle, self._held)
-            bundle.refine_principal_point = True
-            found = off_centre_cameras(reconstruction, bundle, self._held) if shifted else {}
-            confirmed = {number for number in shifted & found.keys() if _agrees(reconstruction, number, found[number])}
-            if shifted and confirmed == shifted:
-                break
-            for camera in (reconstruction.camera(number) for number in sorted(shifted - confirmed)):
-                camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
-        if confirmed:
-            _adjust(reconstruction, options, bundle, self._held, constant_cameras=used - confirmed)
-        return self._finish(reconstruction)
+        before = mapper.reconstruction
+        bundle = self._bundle_options(rough=True)
+        # Poses that are off a degree would be explained by distortion.
+        bundle.refine_extra_params = False
+        sample = self._adjusted_sample(before, ColmapModel(before).tracks(), bundle)
+        mapper.end_reconstruction(False)
+        after = self._placed(ColmapModel(sample).poses())
+        take_over(after, sample)
+        return self._triangulated(after, triangulation)
 
-    def _finish(self, reconstruction: pycolmap.Reconstruction) -> ColmapModel:
+    def _adjusted_sample(
+        self, reconstruction: pycolmap.Reconstruction, tracks: Tracks, bundle: pycolmap.BundleAdjustmentOptions
+    ) -> pycolmap.Reconstruction:
+        """A sample of all `tracks`, adjusted without what does not fit."""
+        sample = thinned(reconstruction, tracks)
+        solve(sample, bundle, self._held)
+        drop_misfits(sample, self._options, self._held)
+        return sample
+
+    def _place_all(self, mapper: pycolmap.IncrementalMapper, tracks: Tracks) -> None:
+        """Move all points to where the rays of their `tracks` meet, and drop observations that do not fit."""
+        place_points(mapper.reconstruction, tracks, self._settings.pixel_scale)
+        mapper.observation_manager.filter_observations_with_negative_depth()
+        mapper.filter_points(self._options)
+
+    def _waiting(self, mapper: pycolmap.IncrementalMapper) -> list[int]:
+        """Images that may be registered. Those of known pose stand where it says, or in no model."""
+        return [number for number in mapper.find_next_images(self._options, False) if number not in self._held.poses]
+
+    def _finish(self, reconstruction: pycolmap.Reconstruction, tracks: Tracks | None = None) -> ColmapModel:
         """All cameras in the model that was asked for, those whose distortion was held too; known ones as they were."""
         for number, camera in reconstruction.cameras.items():
             if number not in self._held.given_cameras and camera.model.name != self._settings.config.camera_model:
                 _change_model(camera, self._settings.config.camera_model)
         self._held.place(reconstruction)
-        return ColmapModel(reconstruction)
+        return ColmapModel(reconstruction, tracks)
 
     def _hold_distortion(self, images: Iterable[int]) -> None:
         """Take the distortion from cameras that took few of the images (0-based).
@@ -163,41 +274,41 @@ class Mapper:
         return "SIMPLE_FISHEYE" if self._settings.config.camera_model.endswith("FISHEYE") else "SIMPLE_PINHOLE"
 
     def _settle_principal_points(
-        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> None:
         """Refine the principal points that are determined and out of the middle; leave the others there."""
         reconstruction = mapper.reconstruction
-        options = self._bundle_options(rough=rough)
-        options.refine_principal_point = True
-        refined = off_centre_cameras(reconstruction, options, self._held)
-        used = {reconstruction.image(number).camera_id for number in reconstruction.reg_image_ids()}
+        options = self._bundle_options()
+        sample = thinned(reconstruction, ColmapModel(reconstruction).tracks())
+        refined = self._off_centre(reconstruction, sample, options)
         if not refined:
             return
         for number, params in refined.items():
             reconstruction.camera(number).params = params.tolist()
         held = self._mapper_options()
-        held.constant_cameras = used - set(refined)
+        held.constant_cameras = cameras_of(reconstruction) - set(refined)
+        options.refine_principal_point = True
         self._refine(mapper, held, options, triangulation, 1)
 
-    def _triangulate_all(
+    def _off_centre(
         self,
-        mapper: pycolmap.IncrementalMapper,
         reconstruction: pycolmap.Reconstruction,
-        triangulation: pycolmap.IncrementalTriangulatorOptions,
-    ) -> None:
-        numbers = sorted(reconstruction.reg_image_ids())
-        for number in numbers:
-            mapper.triangulate_image(triangulation, number)
-        thin = [number for number in numbers if reconstruction.image(number).num_points3D < THIN]
-        as_of_few = self._triangulation_options(0)
-        for number in thin:
-            mapper.triangulate_image(as_of_few, number)
+        sample: pycolmap.Reconstruction,
+        bundle: pycolmap.BundleAdjustmentOptions,
+    ) -> dict[int, Float64]:
+        """Refined parameters of the cameras whose principal points are determined and out of the middle.
+
+        Significant against the noise of the observations, and not by what these have in common with no others: the
+        sample of them that was held out must be explained better as well.
+        """
+        found = off_centre_cameras(reconstruction, bundle, self._held)
+        gains = gains_of_shifts(sample, bundle, self._held, found.keys()) if found else {}
+        return {number: params for number, params in found.items() if gains[number] > 0}
 
     def _adjust(
-        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions, *, rough: bool
+        self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions
     ) -> None:
-        bundle, rounds = self._bundle_options(rough=rough), ROUGH_REFINEMENTS if rough else MAX_REFINEMENTS
-        self._refine(mapper, self._options, bundle, triangulation, rounds)
+        self._refine(mapper, self._options, self._bundle_options(), triangulation, MAX_REFINEMENTS)
 
     def _refine(
         self,
@@ -219,10 +330,10 @@ class Mapper:
     ) -> int:
         """Try the images that see enough of the model's points; returns how many were registered."""
         added = 0
-        # Images of known pose stand where it says, or in no model.
-        for number in (n for n in mapper.find_next_images(self._options, False) if n not in self._held.poses):
+        for number in self._waiting(mapper):
             if mapper.register_next_image(self._registering(self._cache.image(number).camera_id), number):
                 mapper.triangulate_image(triangulation, number)
+                adjust_around(mapper.reconstruction, number, self._bundle_options(rough=True), self._held)
                 added += 1
         return added
 
@@ -265,50 +376,6 @@ class Mapper:
     @property
     def _max_error(self) -> float:
         return self._settings.config.max_reprojection_error_px * self._settings.pixel_scale
-
-
-def _adjust(
-    reconstruction: pycolmap.Reconstruction,
-    options: pycolmap.IncrementalMapperOptions,
-    bundle: pycolmap.BundleAdjustmentOptions,
-    held: Held,
-    constant_cameras: Collection[int] = (),
-) -> None:
-    """Adjust all of a reconstruction, drop what does not fit, and take out images that hold nothing any more."""
-    config = held.configure(reconstruction, constant_cameras)
-    pycolmap.create_default_bundle_adjuster(bundle, config, reconstruction).solve()
-    manager = pycolmap.ObservationManager(reconstruction)
-    manager.filter_observations_with_negative_depth()
-    manager.filter_all_points3D(options.filter_max_reproj_error, options.filter_min_tri_angle)
-    held.drop_empty(manager, reconstruction, options)
-
-
-def one_observation_per_image(manager: pycolmap.ObservationManager, reconstruction: pycolmap.Reconstruction) -> None:
-    """Of several keypoints that one image has in a track, keep the one nearest to where the point projects."""
-    for number in sorted(reconstruction.point3D_ids()):
-        point = reconstruction.point3D(number)
-        seen: dict[int, list[int]] = {}
-        for element in point.track.elements:
-            seen.setdefault(element.image_id, []).append(element.point2D_idx)
-        for image_id, keypoints in seen.items():
-            if len(keypoints) > 1:
-                image = reconstruction.image(image_id)
-                projected = image.project_point(point.xyz)
-                errors = [
-                    np.inf if projected is None else float(np.linalg.norm(image.point2D(keypoint).xy - projected))
-                    for keypoint in keypoints
-                ]
-                for keypoint in np.delete(keypoints, int(np.argmin(errors))).tolist():
-                    if reconstruction.exists_point3D(number):
-                        manager.delete_observation(image_id, keypoint)
-
-
-def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:
-    """Whether a camera's principal point is nearer to the refined one than to the middle."""
-    camera = reconstruction.camera(number)
-    held = np.array([camera.principal_point_x, camera.principal_point_y])
-    middle = np.array([camera.width, camera.height]) / 2
-    return bool(np.linalg.norm(refined[list(camera.principal_point_idxs())] - held) < np.linalg.norm(held - middle))
 
 
 def _change_model(camera: pycolmap.Camera, model: str) -> None:

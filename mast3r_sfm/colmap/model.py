@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,17 +17,26 @@ from mast3r_sfm.config import ModelFormat
 from mast3r_sfm.errors import InputError
 from mast3r_sfm.geometry.similarity import Similarity
 from mast3r_sfm.summaries import ModelSummary
-from mast3r_sfm.types import Bool, Camera, Float64, Tracks
+from mast3r_sfm.types import Bool, Camera, Float64, Int64, Tracks
 
+_NO_ROWS: Int64 = np.zeros(0, np.int64)
 SPACES_IN_TEXT = "names of photos have spaces, which COLMAP does not understand in text models; write binary ones"
 
 
 class ColmapModel:
     """A reconstruction in COLMAP's terms: cameras, registered images and points with tracks."""
 
-    def __init__(self, reconstruction: pycolmap.Reconstruction) -> None:
-        """Wrap a reconstruction of pycolmap."""
+    def __init__(self, reconstruction: pycolmap.Reconstruction, tracks: Tracks | None = None) -> None:
+        """Wrap a reconstruction of pycolmap.
+
+        Args:
+            reconstruction: it belongs to the model from now on.
+            tracks: those of the reconstruction, as the model would give them, where they are known: to read them takes
+                as long as a step of bundle adjustment.
+        """
         self._reconstruction = reconstruction
+        if tracks is not None:
+            self._tracks = tracks
 
     @property
     def reconstruction(self) -> pycolmap.Reconstruction:
@@ -62,10 +72,14 @@ class ColmapModel:
         keypoints = sum(image.num_points2D() for image in self._registered())
         return float(self._reconstruction.compute_num_observations()) / max(keypoints, 1)
 
+    def observations_of_images(self) -> dict[int, int]:
+        """How many points every registered image observes, by its number."""
+        return {image.image_id - 1: image.num_points3D for image in self._registered()}
+
     def keypoints(self) -> dict[int, Float64]:
         """[K, 2] photo pixels of all keypoints of every registered image, by its number."""
         return {
-            image.image_id - 1: np.array([keypoint.xy for keypoint in image.points2D]).reshape(-1, 2)
+            image.image_id - 1: np.array([(keypoint.x(), keypoint.y()) for keypoint in image.points2D]).reshape(-1, 2)
             for image in self._registered()
         }
 
@@ -75,27 +89,24 @@ class ColmapModel:
 
     @cached_property
     def _tracks(self) -> Tracks:
-        # Read observation by observation, which takes as long as a step of bundle adjustment.
-        numbers = sorted(self._reconstruction.point3D_ids())
-        points = [self._reconstruction.point3D(number) for number in numbers]
-        rows = [
-            (row, element.image_id - 1, element.point2D_idx)
-            for row, point in enumerate(points)
-            for element in point.track.elements
-        ]
-        point, image, keypoint = np.array(rows, np.int64).reshape(-1, 3).T
-        xy = np.zeros((len(rows), 2))
-        for number in np.unique(image):
-            mine = image == number
-            keypoints = self._reconstruction.image(int(number) + 1).points2D
-            xy[mine] = [keypoints[index].xy for index in keypoint[mine]]
-        return Tracks(
-            points=np.array([point.xyz for point in points]).reshape(-1, 3),
-            point=point,
-            image=image,
-            keypoint=keypoint,
-            xy=xy,
-        )
+        numbers, points = self._points()
+        point, image, keypoint, xy = [_NO_ROWS], [_NO_ROWS], [_NO_ROWS], [np.zeros((0, 2))]
+        for number in sorted(self._reconstruction.reg_image_ids()):
+            one = self._reconstruction.image(number)
+            # Of pycolmap's lists of observations, those of images are read ten times as fast as those of points.
+            seen = list(one.get_observation_points2D())
+            point.append(np.searchsorted(numbers, np.array([each.point3D_id for each in seen], np.int64)))
+            image.append(np.full(len(seen), number - 1))
+            keypoint.append(np.array(one.get_observation_point2D_idxs(), np.int64))
+            xy.append(np.array([[each.x() for each in seen], [each.y() for each in seen]]).T)
+        rows, images, keypoints = (np.concatenate(column) for column in (point, image, keypoint))
+        return _in_order(Tracks(points=points, point=rows, image=images, keypoint=keypoints, xy=np.concatenate(xy)))
+
+    def _points(self) -> tuple[Int64, Float64]:
+        """Numbers [K] of all points, ascending, and where they are [K, 3]."""
+        found = dict(self._reconstruction.points3D.items())
+        numbers = sorted(found)
+        return np.array(numbers, np.int64), np.array([found[number].xyz for number in numbers]).reshape(-1, 3)
 
     def project(self, image: int, points: Float64) -> Float64:
         """World points [M, 3] to photo pixels [M, 2] of image number `image`; NaN behind the camera."""
@@ -162,32 +173,44 @@ class ColmapModel:
         Each is a new keypoint, or a keypoint without a point, which moves there.
         """
         changed = pycolmap.Reconstruction(self._reconstruction)
-        numbers = sorted(self._reconstruction.point3D_ids())
+        numbers = np.array(sorted(self._reconstruction.point3D_ids()), np.int64)[more.point].tolist()
+        number_of = more.keypoint.copy()
         for image in np.unique(more.image).tolist():
             keypoints = changed.image(image + 1).points2D
-            for row in np.flatnonzero(more.image == image):
-                keypoint = int(more.keypoint[row])
-                if keypoint < 0:
-                    keypoint = len(keypoints)
+            for row in np.flatnonzero(more.image == image).tolist():
+                if number_of[row] < 0:
+                    number_of[row] = len(keypoints)
                     keypoints.append(pycolmap.Point2D(more.xy[row]))
                 else:
-                    keypoints[keypoint].xy = more.xy[row]
-                changed.add_observation(numbers[more.point[row]], pycolmap.TrackElement(image + 1, keypoint))
-        return ColmapModel(changed)
+                    keypoints[int(number_of[row])].xy = more.xy[row]
+                changed.add_observation(numbers[row], pycolmap.TrackElement(image + 1, int(number_of[row])))
+        return ColmapModel(changed, _in_order(self.tracks().joined(replace(more, keypoint=number_of))))
 
     def moved(self, tracks: Tracks, xy: Float64, kept: Bool) -> ColmapModel:
-        """A copy whose observations `tracks` stand at `xy` [O, 2], without those that are not `kept` [O]."""
+        """A copy whose observations `tracks`, all that there are, stand at `xy` [O, 2], without those that are not
+        `kept` [O]."""
         changed = pycolmap.Reconstruction(self._reconstruction)
-        numbers = sorted(self._reconstruction.point3D_ids())
-        for image in np.unique(tracks.image):
-            keypoints = changed.image(int(image) + 1).points2D
-            for row in np.flatnonzero(kept & (tracks.image == image)):
-                keypoints[int(tracks.keypoint[row])].xy = xy[row]
-        for row in np.flatnonzero(~kept):
-            # A point that keeps a single observation goes, and its observations with it.
-            if changed.exists_point3D(numbers[tracks.point[row]]):
-                changed.delete_observation(int(tracks.image[row]) + 1, int(tracks.keypoint[row]))
-        return ColmapModel(changed)
+        for image in np.unique(tracks.image).tolist():
+            keypoints = changed.image(image + 1).points2D
+            mine = np.flatnonzero(kept & (tracks.image == image))
+            for keypoint, place in zip(tracks.keypoint[mine].tolist(), xy[mine], strict=True):
+                keypoints[keypoint].xy = place
+        # A point that keeps a single observation goes, and its observations with it.
+        stays = np.bincount(tracks.point[kept], minlength=len(tracks.points)) > 1
+        numbers = np.array(sorted(self._reconstruction.point3D_ids()), np.int64)
+        for number in numbers[~stays].tolist():
+            changed.delete_point3D(number)
+        for row in np.flatnonzero(~kept & stays[tracks.point]).tolist():
+            changed.delete_observation(int(tracks.image[row]) + 1, int(tracks.keypoint[row]))
+        rows = kept & stays[tracks.point]
+        left = Tracks(
+            points=tracks.points[stays],
+            point=(np.cumsum(stays) - 1)[tracks.point[rows]],
+            image=tracks.image[rows],
+            keypoint=tracks.keypoint[rows],
+            xy=xy[rows],
+        )
+        return ColmapModel(changed, _in_order(left))
 
     def restricted_to(self, images: Iterable[int]) -> ColmapModel:
         """A copy with only these of its images, by number, and the points that two of them still see."""
@@ -246,6 +269,18 @@ class ColmapModel:
     def write_ply(self, path: Path) -> None:
         """Write the coloured points as a PLY file."""
         self._reconstruction.export_PLY(str(path))
+
+
+def _in_order(tracks: Tracks) -> Tracks:
+    """The same with observations sorted by point, image and keypoint."""
+    order = np.lexsort((tracks.keypoint, tracks.image, tracks.point))
+    return Tracks(
+        points=tracks.points,
+        point=tracks.point[order],
+        image=tracks.image[order],
+        keypoint=tracks.keypoint[order],
+        xy=tracks.xy[order],
+    )
 
 
 def _camera(camera: pycolmap.Camera) -> Camera:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pycolmap
 
-from mast3r_sfm.colmap.mapper import PARALLEL_RESIDUALS, MapperSettings, one_observation_per_image
+from mast3r_sfm.colmap.mapper import PARALLEL_RESIDUALS, MapperSettings
 from mast3r_sfm.colmap.model import ColmapModel
+from mast3r_sfm.colmap.observations import one_observation_per_image
 from mast3r_sfm.errors import ReconstructionError
 
 MIN_MODEL_SIZE = 2

@@ -13,6 +13,7 @@ import numpy as np
 import pycolmap
 
 from mast3r_sfm.colmap.held import Held
+from mast3r_sfm.colmap.solving import cameras_of, solve, solve_with_shifts
 from mast3r_sfm.types import Float64
 
 MIN_SIGNIFICANCE = 9.0
@@ -23,6 +24,8 @@ MIN_IMAGES = 4
 """Images that a camera must have taken: with few, the poses and outliers explain any shift."""
 MAX_SHIFT = 0.1
 """Shift over the long side beyond which it is taken for a failure rather than for a lens."""
+_TRIALS = 2
+"""Of confirming shifts: once some are taken back, the others may look different."""
 
 
 def off_centre_cameras(
@@ -32,19 +35,21 @@ def off_centre_cameras(
 
     Args:
         reconstruction: a converged model; it is not changed.
-        options: of bundle adjustment, with `refine_principal_point` set.
+        options: of bundle adjustment.
         held: what is known; cameras that were given keep their principal points.
 
     Returns:
         refined parameters of those cameras, by camera id.
     """
     trial = pycolmap.Reconstruction(reconstruction)
-    open_cameras = {trial.image(image).camera_id for image in trial.reg_image_ids()} - held.given_cameras
+    open_cameras = cameras_of(trial) - held.given_cameras
     if not open_cameras:
         return {}
     trial.tear_down()  # without the images that are not registered, whose poses the covariance would ask for
     config = held.configure(trial, held.given_cameras)
+    options.refine_principal_point = True
     adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, trial)
+    options.refine_principal_point = False
     if not adjuster.solve().is_solution_usable():
         return {}
     wanted = pycolmap.BACovarianceOptions()
@@ -61,6 +66,46 @@ def off_centre_cameras(
         if spread is not None and _is_significant(camera, variance * np.asarray(spread)):
             found[number] = np.array(camera.params)
     return found
+
+
+def confirmed_shifts(
+    sample: pycolmap.Reconstruction, options: pycolmap.BundleAdjustmentOptions, held: Held
+) -> frozenset[int]:
+    """Bring principal points back to the middle where refined observations do not confirm that they are off it.
+
+    Refined observations err less, but alike where they lie on one surface; so they may only confirm a shift that the
+    raw ones, which err independently, showed: one about as far, in about that direction.
+
+    Args:
+        sample: adjusted to refined observations; it is adjusted again.
+        options: of bundle adjustment.
+        held: what is known; cameras that were given keep their principal points.
+
+    Returns:
+        the cameras whose principal points stay off the middle.
+    """
+    open_cameras = cameras_of(sample) - held.given_cameras
+    shifted = frozenset(number for number in open_cameras if not is_centred(sample.camera(number)))
+    for _ in range(_TRIALS):
+        found = off_centre_cameras(sample, options, held) if shifted else {}
+        confirmed = frozenset(number for number in found.keys() & shifted if _agrees(sample, number, found[number]))
+        if confirmed == shifted:
+            break
+        for camera in (sample.camera(number) for number in sorted(shifted - confirmed)):
+            camera.principal_point_x, camera.principal_point_y = camera.width / 2, camera.height / 2
+        solve(sample, options, held)
+        shifted = confirmed
+    if shifted:
+        solve_with_shifts(sample, options, held, shifted)
+    return shifted
+
+
+def _agrees(reconstruction: pycolmap.Reconstruction, number: int, refined: Float64) -> bool:
+    """Whether a camera's principal point is nearer to the refined one than to the middle."""
+    camera = reconstruction.camera(number)
+    held = np.array([camera.principal_point_x, camera.principal_point_y])
+    middle = np.array([camera.width, camera.height]) / 2
+    return bool(np.linalg.norm(refined[list(camera.principal_point_idxs())] - held) < np.linalg.norm(held - middle))
 
 
 def is_centred(camera: pycolmap.Camera) -> bool:

@@ -78,8 +78,7 @@ def _gather(
 ) -> tuple[Float64, Int64]:
     """Keypoints [K, 2] that stand for pixels [M, 2], and the keypoint [M] of each."""
     # float32, as the database stores them: what is one number there is one keypoint.
-    unique, place = np.unique(xy.astype(np.float32), axis=0, return_inverse=True)
-    places, place = unique.astype(np.float64), np.asarray(place.ravel(), np.int64)
+    places, place = _unique_places(xy)
     weight: Float64 = np.bincount(place, np.maximum(confidence, _LEAST), minlength=len(places)).astype(np.float64)
     # Means of two groups may come closer than their members were; then these become one as well.
     while radius_px > 0 and len(near := cKDTree(places).query_pairs(radius_px, output_type="ndarray")):
@@ -89,10 +88,18 @@ def _gather(
         if usable is not None:
             hidden = ~usable(mean)
             mean[hidden] = places[_heaviest(group, weight)[hidden]]
-        places, again = np.unique(mean.astype(np.float32), axis=0, return_inverse=True)
-        places, group = places.astype(np.float64), np.asarray(again.ravel(), np.int64)[group]
+        places, again = _unique_places(mean)
+        group = again[group]
         weight, place = np.bincount(group, weight, minlength=len(places)).astype(np.float64), group[place]
     return places, place
+
+
+def _unique_places(xy: Float64) -> tuple[Float64, Int64]:
+    """The different places [K, 2] of [M, 2] as float32, sorted by x then y, and which of them each is [M]."""
+    # Complex numbers are ordered like that, and sorted many times as fast as rows.
+    numbers = np.ascontiguousarray(xy, np.float32).view(np.complex64).ravel()
+    unique, place = np.unique(numbers, return_inverse=True)
+    return unique.view(np.float32).reshape(-1, 2).astype(np.float64), np.asarray(place, np.int64)
 
 
 def _heaviest(group: Int64, weight: Float64) -> Int64:
@@ -156,33 +163,45 @@ def _split_tracks(
     shape = (int(sizes.sum()),) * 2
     _, track = connected_components(coo_array((np.ones(len(ends)), ends.T), shape=shape), directed=False)
     image = np.repeat(np.arange(len(sizes)), sizes)
-    seen, times = np.unique(np.stack([track, image], axis=1), axis=0, return_counts=True)
+    seen, which, times = np.unique(track * len(sizes) + image, return_inverse=True, return_counts=True)
     contradictory = np.zeros(shape[0], np.bool_)
-    contradictory[seen[times > 1, 0]] = True
+    contradictory[seen[times > 1] // len(sizes)] = True
     good = ~contradictory[track[ends[:, 0]]] if len(ends) else np.zeros(0, np.bool_)
     doubtful = np.flatnonzero(~good)
-    good[doubtful] = _join_greedily(ends[doubtful], confidence[doubtful], image)
+    # Within a track, its images are counted from 0.
+    number = which - np.searchsorted(seen, track * len(sizes))
+    good[doubtful] = _join_greedily(ends[doubtful], confidence[doubtful], number)
     parts = np.split(good, np.cumsum([len(rows) for rows in kept])[:-1]) if len(kept) else []
     return [rows[part] for rows, part in zip(kept, parts, strict=True)]
 
 
 def _join_greedily(ends: Int64, confidence: Float64, image: Int64) -> Bool:
-    """Which matches [M] hold together tracks without contradiction, if the most confident are believed first."""
+    """Which matches [M] hold together tracks without contradiction, if the most confident are believed first.
+
+    Args:
+        ends: [M, 2] the keypoints that they join.
+        confidence: [M].
+        image: of every keypoint; small numbers, which need be different within a track only.
+    """
     good = np.zeros(len(ends), np.bool_)
-    owner = {int(node): int(node) for node in np.unique(ends)}
-    members = {node: [node] for node in owner}
-    images = {node: {int(image[node])} for node in owner}
+    nodes, compact = np.unique(ends, return_inverse=True)
+    owner, images = list(range(len(nodes))), [1 << number for number in image[nodes].tolist()]
     # Of equal ones the first by its keypoints, whatever the order of the pairs.
-    for row in np.lexsort((ends[:, 1], ends[:, 0], -confidence)).tolist():
-        first, second = owner[int(ends[row, 0])], owner[int(ends[row, 1])]
+    order = np.lexsort((ends[:, 1], ends[:, 0], -confidence))
+    firsts, seconds = compact.reshape(-1, 2)[order].T.tolist()
+    for row, one, other in zip(order.tolist(), firsts, seconds, strict=True):
+        first, second = _owner_of(one, owner), _owner_of(other, owner)
         if first == second:
             good[row] = True
-        elif images[first].isdisjoint(images[second]):
+        elif not images[first] & images[second]:
             good[row] = True
-            if len(members[first]) < len(members[second]):
-                first, second = second, first
-            for node in members[second]:
-                owner[node] = first
-            members[first] += members.pop(second)
-            images[first] |= images.pop(second)
+            owner[second] = first
+            images[first] |= images[second]
     return good
+
+
+def _owner_of(node: int, owner: list[int]) -> int:
+    """What stands for all that a node was joined to; the way there becomes shorter."""
+    while owner[node] != node:
+        owner[node] = node = owner[owner[node]]
+    return node

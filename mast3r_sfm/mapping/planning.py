@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -137,8 +137,7 @@ def _planned(tracks: Tracks, geometry: Geometry, pairs: _Pairs, normals: Float64
         normals: [K, 3] of the surface.
         levels: of the patches.
     """
-    references = pairs.reference[pairs.window]
-    affine, start = _transfer(tracks, geometry, references, pairs.moving, normals, reach=max(levels[0], _MIN_REACH))
+    affine, start = _transfer(tracks, geometry, pairs, normals, reach=max(levels[0], _MIN_REACH))
     with np.errstate(invalid="ignore"):
         stretch = np.abs(np.linalg.det(affine))
         usable = np.isfinite(affine).all(axis=(1, 2)) & np.isfinite(start).all(axis=1)
@@ -255,8 +254,11 @@ def _expected(tracks: Tracks, geometry: Geometry, wanted: Callable[[int, Int64, 
 
 def _alike(plan: Plan) -> Plan:
     """The part of a plan in which patches keep about their size."""
-    stretch = np.asarray(np.linalg.svd(plan.affine)[1], np.float64)
-    alike = plan.usable & (stretch[:, 0] < MAX_VIEW_STRETCH) & (stretch[:, 1] > 1 / MAX_VIEW_STRETCH)
+    (a, b), (c, d) = plan.affine.transpose(1, 2, 0)
+    # The singular values of a 2 × 2 matrix are the sum and the difference of these.
+    turned, mirrored = np.hypot(a + d, c - b) / 2, np.hypot(a - d, c + b) / 2
+    largest, smallest = turned + mirrored, np.abs(turned - mirrored)
+    alike = plan.usable & (largest < MAX_VIEW_STRETCH) & (smallest > 1 / MAX_VIEW_STRETCH)
     return replace(
         plan,
         moving=plan.moving[alike],
@@ -270,9 +272,8 @@ def _alike(plan: Plan) -> Plan:
 def _towards_cameras(tracks: Tracks, geometry: Geometry) -> Float64:
     """[O, 3] unit directions from each observation's point to its camera."""
     directions = np.empty((len(tracks.point), 3))
-    for image in np.unique(tracks.image):
-        mine = tracks.image == image
-        centre, _ = geometry.viewing_rays(int(image), np.zeros((0, 2)))
+    for image, mine in _by_image(tracks.image):
+        centre, _ = geometry.viewing_rays(image, np.zeros((0, 2)))
         directions[mine] = centre - tracks.points[tracks.point[mine]]
     unit: Float64 = directions / np.linalg.norm(directions, axis=1, keepdims=True).clip(min=1e-12)
     return unit
@@ -295,34 +296,42 @@ def _normals(points: Float64, towards: Float64) -> Float64:
 
 
 def _transfer(
-    tracks: Tracks, geometry: Geometry, reference: Int64, moving: Int64, normals: Float64, reach: float
+    tracks: Tracks, geometry: Geometry, pairs: _Pairs, normals: Float64, reach: float
 ) -> tuple[Float64, Float64]:
     """How the plane at a point maps the reference's photo to that of a moving observation.
 
     Args:
         tracks: of the model.
         geometry: its cameras.
-        reference: [R] observations.
-        moving: [R] observations of the same points.
+        pairs: of observations of the same points.
         normals: [K, 3] of the planes.
         reach: photo pixels over which the map is measured.
 
     Returns:
         [R, 2, 2] the map's derivative; [R, 2] where it takes the reference's keypoint.
     """
-    points, normal = tracks.points[tracks.point[moving]], normals[tracks.point[moving]]
     probes = reach * np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    seen = np.empty((len(probes), len(moving), 2))
-    seen_by = {int(image): np.flatnonzero(tracks.image[reference] == image) for image in np.unique(tracks.image)}
-    seen_in = {int(image): np.flatnonzero(tracks.image[moving] == image) for image in np.unique(tracks.image)}
-    for number, probe in enumerate(probes):
-        on_plane = np.empty_like(points)
-        for image, mine in seen_by.items():
-            centre, rays = geometry.viewing_rays(image, tracks.xy[reference[mine]] + probe)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                depth = ((points[mine] - centre) * normal[mine]).sum(axis=1) / (rays * normal[mine]).sum(axis=1)
-            on_plane[mine] = centre + rays * depth[:, None]
-        for image, mine in seen_in.items():
-            seen[number, mine] = geometry.project(image, on_plane[mine])
-    affine = np.stack([seen[1] - seen[2], seen[3] - seen[4]], axis=2) / (2 * reach)
-    return affine, seen[0]
+    points, normal = (some[tracks.point[pairs.reference]] for some in (tracks.points, normals))
+    on_plane = np.empty((len(pairs.reference), len(probes), 3))
+    for image, mine in _by_image(tracks.image[pairs.reference]):
+        places = tracks.xy[pairs.reference[mine], None] + probes
+        centre, rays = geometry.viewing_rays(image, places.reshape(-1, 2))
+        rays = rays.reshape(len(mine), len(probes), 3)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            depth = ((points[mine] - centre) * normal[mine]).sum(axis=1)[:, None] / (rays @ normal[mine, :, None])[
+                ..., 0
+            ]
+        on_plane[mine] = centre + rays * depth[:, :, None]
+    seen = np.empty((len(pairs.moving), len(probes), 2))
+    for image, mine in _by_image(tracks.image[pairs.moving]):
+        places = geometry.project(image, on_plane[pairs.window[mine]].reshape(-1, 3))
+        seen[mine] = places.reshape(len(mine), len(probes), 2)
+    affine = np.stack([seen[:, 1] - seen[:, 2], seen[:, 3] - seen[:, 4]], axis=2) / (2 * reach)
+    return affine, seen[:, 0]
+
+
+def _by_image(image: Int64) -> Iterator[tuple[int, Int64]]:
+    """Every image with the rows [M] where it stands."""
+    order = np.argsort(image, kind="stable")
+    found, begins = np.unique(image[order], return_index=True)
+    yield from zip(found.tolist(), np.split(order, begins[1:]), strict=bool(len(order)))

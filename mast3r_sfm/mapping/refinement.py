@@ -32,6 +32,8 @@ MIN_CORRELATION = 0.6
 façades and objects little; on a drive straight ahead they take the error of the focal length from 6 to 1 %."""
 MAX_MOVE = 6.0
 """Pixels of matching between where an observation is found and where the model expects it."""
+GIVEN_UP = 2.0
+"""Times as far as that, an observation is not expected to come back."""
 BESIDE = 2.0
 """Pixels of matching by which the matches of two pairs may miss each other on one place."""
 MAX_UNCERTAINTY = 1.0
@@ -199,15 +201,15 @@ class Refiner:
         grey = torch.from_numpy(self.load_grey(image))
         affine, start = torch.from_numpy(plan.affine[mine]).float(), torch.from_numpy(plan.start[mine]).float()
         window, good = torch.from_numpy(plan.window[mine]), torch.from_numpy(plan.usable[mine])
+        # Beyond its own width, a patch is found by chance.
+        reach = min(trust.move, RADIUS * plan.levels[-1]) * max(self.pixel_scale, 1.0)
         place = start
         for level, cut in zip(plan.levels, windows, strict=True):
             seen, reference = smooth(grey, SMOOTHING * level), Patches.prepare(cut[window])
             tolerance = CONVERGED if level == plan.levels[-1] else NEAR
-            found = align_patches(seen, reference, level * affine, place, tolerance)
+            found = align_patches(seen, reference, level * affine, place, tolerance, GIVEN_UP * reach)
             place = found.xy
         good &= found.converged & (found.correlation > trust.correlation) & (found.uncertainty < trust.uncertainty)
-        # Beyond its own width, a patch is found by chance.
-        reach = min(trust.move, RADIUS * plan.levels[-1]) * max(self.pixel_scale, 1.0)
         good &= (place - start).norm(dim=1) < reach
         # Beyond the border, a photo seems to go on as its border is.
         good &= ((place >= 0) & (place < place.new_tensor([grey.shape[1], grey.shape[0]]))).all(dim=1)

@@ -20,7 +20,7 @@ from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1
@@ -133,7 +133,6 @@ def build_models(
         final = model
         if refiner is not None and _is_large_enough(model):
             final = _refined(model, mapper, refiner, complete=not given.detected)
-            update_keypoints(database, final.keypoints())
         if final is model:
             final = build_in_full()
         taken.update(final.cam_from_world)
@@ -144,12 +143,51 @@ def build_models(
                 f"the model of {min(final.cam_from_world)} and {others} more photos explains only {share:.0%} "
                 "of their matches; its poses may be wrong"
             )
-    order = sorted(models, key=lambda model: (-len(model.cam_from_world), -model.num_points))
+    models.sort(key=_largest_first)
+    if is_ours:
+        models = _with_left_out(models, mapper, refiner, given)
+    if refiner is not None:
+        for model in models:
+            update_keypoints(database, model.keypoints())
     if given.known is None:
-        return order
+        return sorted(models, key=_largest_first)
     known = {given.names[image] for image in given.known.images}
-    order.sort(key=lambda model: len(known & model.cam_from_world.keys()) < min(2, len(known)))
-    return [_in_known_frame(model, given.known) for model in order]
+    models.sort(
+        key=lambda model: (len(known & model.cam_from_world.keys()) < min(2, len(known)), _largest_first(model))
+    )
+    return [_in_known_frame(model, given.known) for model in models]
+
+
+def _largest_first(model: ColmapModel) -> tuple[int, int]:
+    return -len(model.cam_from_world), -model.num_points
+
+
+def _with_left_out(
+    models: Sequence[ColmapModel], mapper: Mapper, refiner: Refiner | None, given: MapInput
+) -> list[ColmapModel]:
+    """The models with images that stand in none of them, where a finished model holds one after all.
+
+    What was found to stand apart stays apart: no image changes its model, and one that next to nothing ties to the
+    others of a model is not held by it.
+
+    Args:
+        models: finished, largest first.
+        mapper: of their database.
+        refiner: of their photos, where observations are refined.
+        given: what the models were made of.
+    """
+    free = set(range(len(given.names))).difference(*(model.names() for model in models))
+    grown = []
+    for model in models:
+        larger = mapper.register_again(model, free) if free else None
+        if larger is not None and refiner is not None and _is_large_enough(larger):
+            refined = _refined(larger, mapper, refiner, complete=not given.detected)
+            larger = None if refined is larger else refined
+        if larger is not None and len(_joined_by(given.fixed_poses.keys(), larger.groups(MIN_SHARED))) == 1:
+            model = larger
+        grown.append(model)
+        free -= model.names().keys()
+    return grown
 
 
 _Built = tuple[ColmapModel, Callable[[], ColmapModel]]
@@ -274,9 +312,10 @@ def _holds_all(adjusted: ColmapModel, before: ColmapModel) -> bool:
     """Whether all images are still there and rest on something: COLMAP leaves in those that lost all observations."""
     if adjusted.cam_from_world.keys() != before.cam_from_world.keys():
         return False
-    count_before = np.bincount(before.tracks().image)
-    count = np.bincount(adjusted.tracks().image, minlength=len(count_before))
-    return adjusted.num_points >= MIN_POINTS and bool((count >= count_before.clip(max=MIN_OBSERVATIONS)).all())
+    had, have = before.observations_of_images(), adjusted.observations_of_images()
+    return adjusted.num_points >= MIN_POINTS and all(
+        have[image] >= min(count, MIN_OBSERVATIONS) for image, count in had.items()
+    )
 
 
 def photo_scale(scales: Sequence[float]) -> float:

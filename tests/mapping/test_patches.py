@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -320,14 +321,14 @@ def test_patches_are_normalised_and_their_gradient_is_the_derivative() -> None:
     image = smooth(image_of(COARSE), 1.0)
     xy = anywhere(30)
     patches = Patches.prepare(cut_windows(image, xy, 1.0))
-    pixels = (2 * RADIUS + 1) ** 2
+    pixels = ((2 * RADIUS + 1) ** 2 + 1) // 2
     assert patches.values.shape == (30, pixels)
-    assert patches.gradient.shape == (30, pixels, 2)
+    assert patches.gradient.shape == (30, 2, pixels)
     # The place of a patch moved by a little, to first order, without a change of gain and offset: the same values as
     # the gradient predicts, up to what a gain and an offset explain.
     for axis, move in enumerate(torch.tensor([[0.1, 0.0], [0.0, 0.1]])):
         change = (Patches.prepare(cut_windows(image, xy + move, 1.0)).values - patches.values) / 0.1
-        gradient = patches.gradient[:, :, axis]
+        gradient = patches.gradient[:, axis]
         cosine = (change * gradient).sum(dim=1) / change.norm(dim=1) / gradient.norm(dim=1)
         assert cosine.min() > 0.97
     torch.testing.assert_close(patches.precision, patches.precision.transpose(1, 2))
@@ -368,3 +369,14 @@ def test_smoothing_is_a_gaussian(sigma: float) -> None:
         assert float((profile * steps**2).sum()) == pytest.approx(sigma**2, rel=0.05)
     flat = torch.full((40, 60), 12.0)
     torch.testing.assert_close(smooth(flat, sigma), flat)
+
+
+def test_what_leaves_for_good_is_given_up() -> None:
+    image, xy = image_of(COARSE), anywhere(60)
+    reference = Patches.prepare(cut_windows(smooth(image, 1.0), xy, 1.0))
+    start = xy + torch.tensor([3.5, 0.0])
+    free, bound = (align_patches(image, reference, affine_of(60), start, reach=reach) for reach in (math.inf, 1.0))
+    assert free.converged.float().mean() > 0.8
+    # They have to go farther than they may.
+    assert not bound.converged[free.converged].any()
+    assert float((bound.xy - start).norm(dim=1).max()) < 1.0 + 1.5

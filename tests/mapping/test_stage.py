@@ -626,3 +626,57 @@ def test_a_group_takes_in_what_no_other_holds(tmp_path: Path, monkeypatch: pytes
         ([4, 5, 6], True),
         ([4, 5, 6], False),
     ]
+
+
+def no_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What alignment did not place fails to be registered while models are made."""
+    monkeypatch.setattr(Mapper, "_register_more", lambda *_: 0)
+
+
+def test_an_image_is_tried_again_against_the_finished_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_growth(monkeypatch)
+    scene = ring(9, points=150)
+    large, small = [0, 1, 2, 3, 4], [5, 6, 7]
+    # The last one matches the smaller part, of which it stands in no model's alignment.
+    pairs = [*combinations(large, 2), *combinations([*small, 8], 2)]
+    given = make_input(scene, pairs, [part(scene, large, range(10)), part(scene, small, [10, 11, 13])])
+    models = build(given, tmp_path)
+    assert [sorted(model.poses()) for model in models] == [large, [*small, 8]]
+    for model in models:
+        assert worst_error(model, scene) < 0.05
+
+
+def test_an_image_of_nonsense_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_growth(monkeypatch)
+    scene, rng = ring(6, turn_deg=100, points=200), np.random.default_rng(0)
+    pairs = list(combinations(range(6), 2))
+    among = [edge for edge, pair in enumerate(pairs) if max(pair) < 5]
+    given = make_input(scene, pairs, [part(scene, range(5), among)])
+    matches = [
+        match if max(pair) < 5 else replace(match, xy_second=rng.uniform([0, 0], [640, 480], match.xy_second.shape))
+        for pair, match in zip(pairs, given.matches, strict=True)
+    ]
+    (model,) = build(replace(given, matches=matches), tmp_path)
+    assert sorted(model.poses()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("points", "joins"), [(MIN_SHARED - 1, False), (MIN_SHARED + 1, True)])
+def test_an_image_that_next_to_nothing_ties_to_a_model_does_not_join_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, joins: bool
+) -> None:
+    no_growth(monkeypatch)
+    scene = ring(6, turn_deg=100, points=200)
+    pairs = list(combinations(range(6), 2))
+    among = [edge for edge, pair in enumerate(pairs) if max(pair) < 5]
+    register = Mapper.register_again
+
+    def thinly(self: Mapper, model: ColmapModel, images: set[int]) -> ColmapModel | None:
+        larger = register(self, model, images)
+        assert larger is not None
+        assert images == {5}
+        tracks = larger.tracks()
+        return larger.moved(tracks, tracks.xy, (tracks.image != 5) | (tracks.point < points))
+
+    monkeypatch.setattr(Mapper, "register_again", thinly)
+    (model,) = build(make_input(scene, pairs, [part(scene, range(5), among)]), tmp_path)
+    assert (5 in model.poses()) == joins
