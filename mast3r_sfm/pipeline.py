@@ -237,6 +237,7 @@ class _Run:
                 matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
                 known=paired.known.poses,
                 usable=self.usable,
+                confirmed=frozenset((match.first, match.second) for match in joined.values()),
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:

@@ -20,7 +20,7 @@ from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1
@@ -30,9 +30,13 @@ KEYPOINT_RADIUS = 1.0
 """Pixels of matching within which what pairs and detectors find is one keypoint; half as much where photos were seen at
 less than SMALL_PX, since there a pixel is a place of its own."""
 SMALL_PX = 256
-MIN_SHARED = 15
+MIN_SHARED = 30
 """Points that hold two images together. In right models, the least that ties an image to the others is 44; between two
-halves of a ring that hung on thin pairs, and stood to each other as it happened, it was 13."""
+halves of a ring that hung on thin pairs, and stood to each other as it happened, it was 13 to 27."""
+MIN_KEPT = 15
+"""The same once observations are refined, which drops some of right ones; a wrong image kept 8."""
+MIN_CONFIRMED = 10
+"""The same for a pair of images that other pairs confirmed before (`MapInput.confirmed`)."""
 MIN_REFINED_PX = 128
 """Long side of photos below which they are not refined: a patch shows too much of the surface to be flat.
 
@@ -71,6 +75,8 @@ class MapInput:
 
     usable: Usable | None = None
     """Says where keypoints may lie; the matches lie there already. None: everywhere."""
+    confirmed: frozenset[tuple[int, int]] = frozenset()
+    """Pairs by which two parts were joined, since they agree on how these stand to each other and nothing rivals it."""
 
 
 def write_matches(path: Path, given: MapInput, settings: MapperSettings) -> None:
@@ -135,14 +141,20 @@ def build_models(
             final = _refined(model, mapper, refiner, complete=not given.detected)
         if final is model:
             final = build_in_full()
-        taken.update(final.cam_from_world)
-        models.append(final)
-        if share < DOUBTFUL_SHARE:
-            others = len(final.cam_from_world) - 1
-            progress.warn(
-                f"the model of {min(final.cam_from_world)} and {others} more photos explains only {share:.0%} "
-                "of their matches; its poses may be wrong"
-            )
+        # Refinement may have shown that what held an image was nothing.
+        groups = _groups(final, given, MIN_KEPT)
+        pieces = [final] if len(groups) == 1 else [final.restricted_to(group) for group in groups if len(group) > 1]
+        for piece in pieces:
+            if piece.num_points < MIN_POINTS:
+                continue
+            taken.update(piece.cam_from_world)
+            models.append(piece)
+            if share < DOUBTFUL_SHARE:
+                others = len(piece.cam_from_world) - 1
+                progress.warn(
+                    f"the model of {min(piece.cam_from_world)} and {others} more photos explains only {share:.0%} "
+                    "of their matches; its poses may be wrong"
+                )
     models.sort(key=_largest_first)
     if is_ours:
         models = _with_left_out(models, mapper, refiner, given)
@@ -183,7 +195,7 @@ def _with_left_out(
         if larger is not None and refiner is not None and _is_large_enough(larger):
             refined = _refined(larger, mapper, refiner, complete=not given.detected)
             larger = None if refined is larger else refined
-        if larger is not None and len(_joined_by(given.fixed_poses.keys(), larger.groups(MIN_SHARED))) == 1:
+        if larger is not None and len(_groups(larger, given)) == 1:
             model = larger
         grown.append(model)
         free -= model.names().keys()
@@ -210,7 +222,7 @@ def _own_models(
                 if given.names[image] not in taken
             }
             progress.advance()
-            yield from _coherent_models(mapper, poses, taken, frozenset(given.fixed_poses), rough=rough)
+            yield from _coherent_models(mapper, poses, taken, given, rough=rough)
 
 
 def _models_by_colmap(
@@ -229,7 +241,7 @@ def _models_by_colmap(
 
 
 def _coherent_models(
-    mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str], fixed: Set[int] = frozenset(), *, rough: bool
+    mapper: Mapper, poses: Mapping[int, Float64], taken: Set[str], given: MapInput, *, rough: bool
 ) -> Iterator[_Built]:
     """The model that poses lead to; its groups each by itself, where next to nothing holds them together.
 
@@ -237,7 +249,7 @@ def _coherent_models(
         mapper: of the database.
         poses: cam_from_world [3, 4] by image number.
         taken: names of images that stand in other models; the poses are of none of them.
-        fixed: images whose poses are known, which hold groups together without any common point.
+        given: says what holds groups together besides common points.
         rough: as for `Mapper.build`.
     """
     nobody: frozenset[int] = frozenset()
@@ -247,13 +259,13 @@ def _coherent_models(
         if len(some) < 2:
             continue
         model = mapper.build(some, grow=grow, rough=rough)
-        groups = _joined_by(fixed, model.groups(MIN_SHARED))
+        groups = _groups(model, given)
         is_mixed = bool(taken & model.cam_from_world.keys() or foreign & model.poses().keys())
         # A group may take in what no other holds, but not grow to what has just been taken apart.
         if grow and (is_mixed or (foreign and len(groups) > 1)):
             grow = False
             model = mapper.build(some, grow=grow, rough=rough)
-            groups = _joined_by(fixed, model.groups(MIN_SHARED))
+            groups = _groups(model, given)
         if len(groups) == 1:
             yield model, partial(mapper.build, some, grow=grow) if rough else partial(_as_it_is, model)
             continue
@@ -264,10 +276,17 @@ def _coherent_models(
             waiting.append(({image: found[image] for image in group}, bool(others) and not foreign, others))
 
 
-def _joined_by(fixed: Set[int], groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The groups, with all that hold a fixed image as one, the first."""
-    held = sorted(image for group in groups if not fixed.isdisjoint(group) for image in group)
-    return [*([held] if held else []), *(list(group) for group in groups if fixed.isdisjoint(group))]
+def _groups(model: ColmapModel, given: MapInput, min_shared: int = MIN_SHARED) -> list[list[int]]:
+    """Images that common points, known poses or pairs confirmed before hold together; those of known pose first."""
+    groups = [frozenset(group) for group in model.groups(min_shared)]
+    loose = [frozenset(group) for group in model.groups(MIN_CONFIRMED)] if given.confirmed else []
+    pairs = [frozenset(pair) for pair in sorted(given.confirmed)]
+    for tie in [*(pair for pair in pairs if any(pair <= group for group in loose)), frozenset(given.fixed_poses)]:
+        tied = [group for group in groups if not tie.isdisjoint(group)]
+        groups = [*([frozenset().union(*tied)] if tied else []), *(group for group in groups if tie.isdisjoint(group))]
+    if not given.fixed_poses:
+        groups.sort(key=lambda group: (-len(group), min(group)))
+    return [sorted(group) for group in groups]
 
 
 def _in_known_frame(model: ColmapModel, known: KnownPoses) -> ColmapModel:
