@@ -30,7 +30,7 @@ PARALLEL_RESIDUALS = 1_000_000
 """Below so many, Ceres computes in one thread: several sum up in any order, and the same photos would not give the same
 model twice."""
 THIN = 50
-"""Points of three views or more below which an image is held by those of two as well."""
+"""Points of three views or more below which a confirmed image is held by those of two as well."""
 MAX_CHANGE = 0.0005
 """Share of the observations that a round of refinement may still change when it is the last."""
 
@@ -49,14 +49,19 @@ class MapperSettings:
 class Mapper:
     """Builds one model after the other from one database."""
 
-    def __init__(self, database: Path, settings: MapperSettings, held: Held | None = None) -> None:
+    def __init__(
+        self, database: Path, settings: MapperSettings, held: Held | None = None, confirmed: Collection[int] = ()
+    ) -> None:
         """Load the correspondences of `database`.
 
         Args:
             database: of all images.
             settings: thresholds and threads.
             held: what is known and stays as it is.
+            confirmed: images (0-based) whose place is known from pairs that confirmed each other: the points of two
+                views may hold them. Of others, these would hide that next to nothing says where they are.
         """
+        self._confirmed = {image + 1 for image in confirmed}
         options = pycolmap.DatabaseCacheOptions()
         # An image of known pose stands in the model even where it matches nothing.
         options.load_all_images = held is not None and bool(held.poses)
@@ -169,7 +174,11 @@ class Mapper:
         numbers = sorted(reconstruction.reg_image_ids())
         for number in numbers:
             mapper.triangulate_image(triangulation, number)
-        thin = [number for number in numbers if reconstruction.image(number).num_points3D < THIN]
+        thin = [
+            number
+            for number in numbers
+            if number in self._confirmed and reconstruction.image(number).num_points3D < THIN
+        ]
         as_of_few = self._triangulation_options(0)
         for number in thin:
             mapper.triangulate_image(as_of_few, number)

@@ -125,7 +125,8 @@ def build_models(
     """
     models: list[ColmapModel] = []
     taken: set[str] = set()
-    mapper = Mapper(database, settings, Held.of(given.rig, given.fixed_poses))
+    confirmed = {image for pair in given.confirmed for image in pair}
+    mapper = Mapper(database, settings, Held.of(given.rig, given.fixed_poses), confirmed)
     is_ours = settings.config.mapper == "align"
     is_rough = is_ours and refiner is not None
     for model, build_in_full in (
