@@ -462,16 +462,20 @@ def test_without_growing_a_model_holds_the_given_images_alone(make_database: Mak
     assert sorted(mapper.build(nudged(scene, [0, 1, 2, 4])).poses()) == list(range(NUMBER))
 
 
-def test_a_thin_image_is_held_by_points_of_two_views(make_database: MakeDatabase) -> None:
+def test_a_confirmed_image_is_held_by_points_of_two_views(make_database: MakeDatabase) -> None:
     scene = arc()
     shared, third, fourth = (replace(scene, points=points) for points in np.split(scene.points, [150, 200]))
     among = [shared.matches(*pair) for pair in combinations(range(5), 2)]
     poses = nudged(scene, range(NUMBER))
     thin = [*among, third.matches(3, 5), fourth.matches(4, 5)]
-    model = Mapper(make_database(scene, thin), settings()).build(poses, grow=False)
+    database = make_database(scene, thin)
+    model = Mapper(database, settings(), confirmed=[5]).build(poses, grow=False)
     assert len(model.cam_from_world) == NUMBER
     assert errors(model, scene).error_deg.max() < 0.1
     assert 80 <= (np.bincount(model.tracks().point) == 2).sum() <= 100
+    # Of an image that nothing confirms, they would say no more than its pairs do.
+    others = Mapper(database, settings()).build(poses, grow=False)
+    assert not (np.bincount(others.tracks().point) == 2).any()
 
 
 def test_images_that_many_points_hold_get_none_of_two_views(make_database: MakeDatabase) -> None:

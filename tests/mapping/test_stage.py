@@ -21,6 +21,8 @@ from mast3r_sfm.geometry.rigid import compose_poses, make_pose, rotation_from_ax
 from mast3r_sfm.mapping import stage
 from mast3r_sfm.mapping.refinement import Geometry, Refined, Refiner
 from mast3r_sfm.mapping.stage import (
+    MIN_CONFIRMED,
+    MIN_KEPT,
     MIN_REFINED_PX,
     MIN_SHARED,
     MapInput,
@@ -477,6 +479,16 @@ def test_small_photos_are_not_refined(tmp_path: Path, large_enough: bool) -> Non
     assert (worst_error(model, scene) < 0.02) == large_enough
 
 
+@pytest.mark.parametrize(("spared", "stays"), [(MIN_KEPT - 3, False), (MIN_KEPT + 3, True)])
+def test_what_refinement_leaves_hanging_by_next_to_nothing_goes(tmp_path: Path, spared: int, stays: bool) -> None:
+    scene = ring(5, turn_deg=100, points=160)
+    given, refiner = noisy_input(scene, [range(5)], rejected=(2,), spared=spared, finds=False)
+    (refined,) = build_refined(given, tmp_path, refiner)
+    assert sorted(refined.poses()) == [0, 1, *([2] if stays else []), 3, 4]
+    assert worst_error(refined, scene) < 0.02
+    assert_database_agrees(tmp_path, [refined])
+
+
 def test_what_is_no_model_is_not_refined(tmp_path: Path) -> None:
     given, refiner = noisy_input(ring(4, turn_deg=60, points=19), [range(4)])
     assert build_refined(given, tmp_path, refiner) == []
@@ -523,6 +535,15 @@ def test_what_next_to_nothing_holds_together_is_taken_apart(tmp_path: Path, shar
         assert worst_error(model, scene) < 0.05
         assert model.num_points >= 120
         assert len(model.groups(MIN_SHARED)) == 1
+
+
+@pytest.mark.parametrize(("shared", "holds"), [(MIN_CONFIRMED - 4, False), (MIN_CONFIRMED + 4, True)])
+def test_pairs_that_confirmed_each_other_hold_groups_by_fewer_points(tmp_path: Path, shared: int, holds: bool) -> None:
+    scene, given = two_clusters(shared)
+    models = build(replace(given, confirmed=frozenset({(1, 5), (2, 6)})), tmp_path)
+    assert [len(model.cam_from_world) for model in models] == ([8] if holds else [4, 4])
+    for model in models:
+        assert worst_error(model, scene) < 0.05
 
 
 def test_where_groups_stand_wrong_to_each_other_each_is_right_by_itself(tmp_path: Path) -> None:
