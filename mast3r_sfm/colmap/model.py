@@ -128,15 +128,20 @@ class ColmapModel:
         camera = self._reconstruction.camera(self._reconstruction.image(image + 1).camera_id)
         return camera.width, camera.height
 
-    def groups(self, min_shared: int) -> list[list[int]]:
+    def groups(self, min_shared: int, min_views: int = 2) -> list[list[int]]:
         """Numbers of the registered images, in groups that chains of images with so many common points hold together.
 
         Largest first; between groups, next to nothing says how they stand to each other.
+
+        Args:
+            min_shared: points that two images must share.
+            min_views: images that see such a point at least.
         """
         tracks = self.tracks()
+        counts = np.bincount(tracks.point, minlength=len(tracks.points)) >= min_views
         images = np.array(sorted(number - 1 for number in self._reconstruction.reg_image_ids()), np.int64)
         sees = scipy.sparse.csr_array(
-            (np.ones(len(tracks.point)), (tracks.point, np.searchsorted(images, tracks.image))),
+            (counts[tracks.point].astype(np.float64), (tracks.point, np.searchsorted(images, tracks.image))),
             shape=(len(tracks.points), len(images)),
         )
         shared = ((sees.T @ sees) >= min_shared).astype(np.int64)

@@ -20,7 +20,7 @@ from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
-CODE_VERSION = 7
+CODE_VERSION = 8
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1
@@ -30,13 +30,14 @@ KEYPOINT_RADIUS = 1.0
 """Pixels of matching within which what pairs and detectors find is one keypoint; half as much where photos were seen at
 less than SMALL_PX, since there a pixel is a place of its own."""
 SMALL_PX = 256
-MIN_SHARED = 30
-"""Points that hold two images together. In right models, the least that ties an image to the others is 44; between two
-halves of a ring that hung on thin pairs, and stood to each other as it happened, it was 13 to 27."""
-MIN_KEPT = 15
-"""The same once observations are refined, which drops some of right ones; a wrong image kept 8."""
+MIN_SHARED = 15
+"""Points of three views that hold two images together, in models of more than MAX_PAIRED images. In right models, the
+least that ties an image to the others is 44 before refinement and 16 after it; between two halves of a ring that hung
+on thin pairs, and stood to each other as it happened, it was 13; and wrong images kept 3, beside up to 28 points of two
+views, which say no more than the pair did."""
+MAX_PAIRED = 3
 MIN_CONFIRMED = 10
-"""The same for a pair of images that other pairs confirmed before (`MapInput.confirmed`)."""
+"""Points, of two views as well, of a pair of images that other pairs confirmed before (`MapInput.confirmed`)."""
 MIN_REFINED_PX = 128
 """Long side of photos below which they are not refined: a patch shows too much of the surface to be flat.
 
@@ -143,7 +144,7 @@ def build_models(
         if final is model:
             final = build_in_full()
         # Refinement may have shown that what held an image was nothing.
-        groups = _groups(final, given, MIN_KEPT)
+        groups = _groups(final, given)
         pieces = [final] if len(groups) == 1 else [final.restricted_to(group) for group in groups if len(group) > 1]
         for piece in pieces:
             if piece.num_points < MIN_POINTS:
@@ -277,9 +278,10 @@ def _coherent_models(
             waiting.append(({image: found[image] for image in group}, bool(others) and not foreign, others))
 
 
-def _groups(model: ColmapModel, given: MapInput, min_shared: int = MIN_SHARED) -> list[list[int]]:
+def _groups(model: ColmapModel, given: MapInput) -> list[list[int]]:
     """Images that common points, known poses or pairs confirmed before hold together; those of known pose first."""
-    groups = [frozenset(group) for group in model.groups(min_shared)]
+    views = 2 if len(model.cam_from_world) <= MAX_PAIRED else 3
+    groups = [frozenset(group) for group in model.groups(MIN_SHARED, views)]
     loose = [frozenset(group) for group in model.groups(MIN_CONFIRMED)] if given.confirmed else []
     pairs = [frozenset(pair) for pair in sorted(given.confirmed)]
     for tie in [*(pair for pair in pairs if any(pair <= group for group in loose)), frozenset(given.fixed_poses)]:

@@ -356,6 +356,8 @@ def test_groups_are_chains_of_images_that_share_points(
     assert sparse.num_points == sum(pairs.values())
     assert sparse.groups(6) == groups
     assert sparse.groups(20) == [[0], [1], [2], [3]]
+    assert sparse.groups(1, min_views=3) == [[0], [1], [2], [3]]
+    assert model.groups(1, min_views=3) == [[0, 1, 2, 3]]
 
 
 def test_a_model_without_images_has_no_groups() -> None:

@@ -22,7 +22,6 @@ from mast3r_sfm.mapping import stage
 from mast3r_sfm.mapping.refinement import Geometry, Refined, Refiner
 from mast3r_sfm.mapping.stage import (
     MIN_CONFIRMED,
-    MIN_KEPT,
     MIN_REFINED_PX,
     MIN_SHARED,
     MapInput,
@@ -479,7 +478,7 @@ def test_small_photos_are_not_refined(tmp_path: Path, large_enough: bool) -> Non
     assert (worst_error(model, scene) < 0.02) == large_enough
 
 
-@pytest.mark.parametrize(("spared", "stays"), [(MIN_KEPT - 3, False), (MIN_KEPT + 3, True)])
+@pytest.mark.parametrize(("spared", "stays"), [(MIN_SHARED - 3, False), (MIN_SHARED + 3, True)])
 def test_what_refinement_leaves_hanging_by_next_to_nothing_goes(tmp_path: Path, spared: int, stays: bool) -> None:
     scene = ring(5, turn_deg=100, points=160)
     given, refiner = noisy_input(scene, [range(5)], rejected=(2,), spared=spared, finds=False)
@@ -588,8 +587,8 @@ class Falling(Mapper):
         numbers = sorted(poses)
 
         class Model(ColmapModel):
-            def groups(self, min_shared: int) -> list[list[int]]:
-                assert min_shared == MIN_SHARED
+            def groups(self, min_shared: int, min_views: int = 2) -> list[list[int]]:
+                assert (min_shared, min_views) in ((MIN_SHARED, 2), (MIN_SHARED, 3))
                 return [numbers[1:], numbers[:1]]
 
         return Model(model.reconstruction)
@@ -626,8 +625,8 @@ class Apart(Mapper):
             self.whole.update(model.poses())
 
         class Model(ColmapModel):
-            def groups(self, min_shared: int) -> list[list[int]]:
-                found = super().groups(min_shared)
+            def groups(self, min_shared: int, min_views: int = 2) -> list[list[int]]:
+                found = super().groups(min_shared, min_views)
                 return [[0, 1, 2, 3], [4, 5, 6], [7]] if len(poses) == 8 else found
 
         return Model(model.reconstruction)
