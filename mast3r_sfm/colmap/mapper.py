@@ -197,9 +197,10 @@ class Mapper:
         Returns:
             what holds the adjusted reconstruction.
         """
-        mapper = self._triangulated_again(mapper, triangulation)
-        while grow and self._waiting(mapper):
-            reconstruction = mapper.reconstruction
+        mapper, most = self._triangulated_again(mapper, triangulation), 0
+        # An image that is registered and lost in every round must not go on for ever.
+        while grow and self._waiting(mapper) and mapper.reconstruction.num_reg_images() > most:
+            reconstruction, most = mapper.reconstruction, mapper.reconstruction.num_reg_images()
             self._place_all(mapper, ColmapModel(reconstruction).tracks())
             if not self._register_more(mapper, triangulation):
                 break

@@ -462,6 +462,22 @@ def test_without_growing_a_model_holds_the_given_images_alone(make_database: Mak
     assert sorted(mapper.build(nudged(scene, [0, 1, 2, 4])).poses()) == list(range(NUMBER))
 
 
+def test_an_image_that_is_lost_again_each_time_ends_the_growing(
+    make_database: MakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, rounds = arc(), 0
+
+    def register(*_: object) -> int:
+        nonlocal rounds
+        rounds += 1
+        return int(rounds < 30)  # it says so, and the next adjustment loses the image
+
+    monkeypatch.setattr(Mapper, "_register_more", register)
+    model = Mapper(make_database(scene), settings()).build(nudged(scene, [0, 1, 2, 4]), rough=True)
+    assert sorted(model.poses()) == [0, 1, 2, 4]
+    assert 0 < rounds < 4
+
+
 def test_a_confirmed_image_is_held_by_points_of_two_views(make_database: MakeDatabase) -> None:
     scene = arc()
     shared, third, fourth = (replace(scene, points=points) for points in np.split(scene.points, [150, 200]))
