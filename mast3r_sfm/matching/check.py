@@ -23,6 +23,12 @@ MIN_ITERATIONS = 100
 HOMOGRAPHY_ITERATIONS = 500
 """One that PLANAR_SHARE of the matches agree with is found in 30; how many agree with any other does not matter."""
 MIN_SAMPLE = 8
+MAX_REJECTED = 300
+CROWD, MAX_CROWD = 3.0, 600
+"""How many matches a geometry is fitted to for each distinct one, and no more than so many unless all are distinct.
+What is not distinct is wrong more often than not, but where it is wrong it agrees with nothing. Where few are distinct,
+a wrong geometry has more of them than the true one in every third pair (internet photos, wide baselines); with three
+times as many, in every eighth."""
 PLANAR_SHARE = 0.75
 """Share of the inliers on one homography from which a pair is taken to show one plane, or to be a mere turn. Measured:
 at most 0.74 for nine tenths of the pairs of real scenes with depth, 0.76 and more for a rendered plane."""
@@ -54,6 +60,9 @@ class EpipolarEdge:
     """Distinct matches that were judged: those dropped as an overlay's do not count."""
     verdict: Verdict
     """GOOD, WEAK, TOO_FEW or WATERMARK; what kind of link a GOOD one is, is decided when focal lengths are known."""
+    rejected: Float32
+    """[R, 5] distinct matches of keypoints that do not agree: x and y in both images, confidence; the best
+    MAX_REJECTED."""
     decode_disagreement_deg: float = 0.0
     """Of a pointmap model, the angle by which the rotations of its two decodes differ, where the epipolar geometry
     stands; otherwise, and of a keypoint model, 0."""
@@ -62,6 +71,20 @@ class EpipolarEdge:
     def is_flat(self) -> bool:
         """One homography explains it: a plane, or a camera that only turned."""
         return self.homography_share >= PLANAR_SHARE
+
+    def judged(self, most: int) -> tuple[Float64, Float64]:
+        """[M, 2] the distinct matches of both images, those that do not agree among them, and of these the best.
+
+        Of a pointmap, they are picked evenly from best to worst instead: its best ones lie side by side.
+        """
+        xy = np.concatenate([self.xy_first, self.xy_second], axis=1)[self.is_distinct]
+        if self.points_first is not None:
+            chosen = np.linspace(0, len(xy) - 1, min(len(xy), most)).astype(np.int64)
+        else:
+            xy = np.concatenate([xy, self.rejected[:, :4]])
+            confidence = np.concatenate([self.confidence[self.is_distinct], self.rejected[:, 4]])
+            chosen = np.argsort(-confidence, kind="stable")[:most]
+        return np.ascontiguousarray(xy[chosen, :2]), np.ascontiguousarray(xy[chosen, 2:])
 
     @property
     def num_inliers(self) -> int:
@@ -143,13 +166,15 @@ def min_significant_inliers(num_putative: int, config: MatchConfig) -> float:
     """Distinct inliers below which an epipolar geometry is no evidence.
 
     Among N distinct random matches, RANSAC finds a geometry that fits a share of them by chance: the more matches, the
-    more. Of 900 pairs of photos of different places, none has more than 16 and none more than 12 + 0.12·N, by XFeat's
+    more. Of 1,300 pairs of photos of different places, none has more than 16 and none more than 11 + 0.12·N, by XFeat's
     keypoints, by SIFT's or by both (as benchmarks/chance_matches.py measures).
     """
     return config.min_inliers + config.chance_share * num_putative
 
 
-def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int) -> EpipolarEdge:
+def check_pair(
+    pair: tuple[int, int], putative: Putative, config: MatchConfig, seed: int, crowd: float = CROWD
+) -> EpipolarEdge:
     """Fit a fundamental matrix and a homography to the putative matches of a pair, robustly (LO-RANSAC of poselib).
 
     What seems to lie on an overlay is put aside first. Where nothing stands without it, the verdict is WATERMARK.
@@ -161,6 +186,7 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
         putative: matches in network pixels.
         config: thresholds.
         seed: of the sampling.
+        crowd: how many matches the geometry is fitted to for each distinct one.
     """
     # The best matches first: progressive sampling draws from them first.
     judged = putative.subset(np.argsort(-putative.confidence, kind="stable"))
@@ -168,13 +194,13 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
     if judged.frames is not None:
         overlay = overlay_matches(judged.xy_first, judged.xy_second, judged.frames)
     everything, judged = judged, judged.subset(~overlay)
-    fundamental, kept = _fit_fundamental(judged, config, seed)
+    fundamental, kept = _fit_fundamental(judged, config, seed, crowd)
     stands = _stands(judged, kept, config)
     if stands and overlay.any() and judged.frames is not None:
         error = sampson_error(fundamental, everything.xy_first, everything.xy_second)
         inside = ~in_border(everything.xy_first, judged.frames[0])
         judged = everything.subset(~overlay | (inside & (error < config.max_epipolar_error_px)))
-        fundamental, kept = _fit_fundamental(judged, config, seed)
+        fundamental, kept = _fit_fundamental(judged, config, seed, crowd)
         stands = _stands(judged, kept, config)
     count = int(judged.is_distinct.sum())
     edge = EpipolarEdge(
@@ -190,6 +216,7 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
         homography=np.zeros((3, 3)),
         homography_share=0.0,
         num_putative=count,
+        rejected=_rejected(judged, fundamental, config),
         verdict=Verdict.WEAK if count >= config.min_inliers else Verdict.TOO_FEW,
     )
     if stands:
@@ -197,26 +224,38 @@ def check_pair(pair: tuple[int, int], putative: Putative, config: MatchConfig, s
     return replace(edge, verdict=Verdict.WATERMARK) if overlay.any() else edge
 
 
+def _rejected(judged: Putative, fundamental: Float64, config: MatchConfig) -> Float32:
+    if judged.points is not None:
+        return np.zeros((0, 5), np.float32)
+    error = sampson_error(fundamental, judged.xy_first, judged.xy_second)
+    others = judged.subset(judged.is_distinct & ~(error < config.max_epipolar_error_px))
+    rows = np.concatenate([others.xy_first, others.xy_second, others.confidence[:, None]], axis=1)
+    return rows[:MAX_REJECTED].astype(np.float32)
+
+
 def _stands(judged: Putative, kept: Putative, config: MatchConfig) -> bool:
     return int(kept.is_distinct.sum()) >= min_significant_inliers(int(judged.is_distinct.sum()), config)
 
 
-def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int) -> tuple[Float64, Putative]:
-    """[3, 3] the fundamental matrix of the distinct matches, zero for too few, and all matches that agree with it.
+def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int, crowd: float) -> tuple[Float64, Putative]:
+    """[3, 3] the fundamental matrix of the best matches, zero for too few, and all matches that agree with it.
 
     Where both cameras are known, it is the one that an essential matrix makes with them.
     """
-    distinct = judged.subset(judged.is_distinct)
-    if len(distinct.xy_first) < MIN_SAMPLE:
+    count = int(judged.is_distinct.sum())
+    fitted = max(min(int(crowd * count), MAX_CROWD), count)
+    # The distinct ones come first; they are the best of each kind of keypoints.
+    best = judged.subset(np.argsort(~judged.is_distinct, kind="stable")[:fitted])
+    if count < MIN_SAMPLE:
         return np.zeros((3, 3)), judged.subset(np.zeros(len(judged.xy_first), np.bool_))
     options = {"max_epipolar_error": config.max_epipolar_error_px, **_ransac(judged, seed)}
     if judged.cameras is None:
-        fundamental, _ = poselib.estimate_fundamental(distinct.xy_first, distinct.xy_second, options)
+        fundamental, _ = poselib.estimate_fundamental(best.xy_first, best.xy_second, options)
     else:
         # Five matches instead of seven, and planes, on which a fundamental matrix is arbitrary, are no exception.
         first, second = judged.cameras
         cameras = first.poselib_camera(), second.poselib_camera()
-        pose, _ = poselib.estimate_relative_pose(distinct.xy_first, distinct.xy_second, *cameras, options)
+        pose, _ = poselib.estimate_relative_pose(best.xy_first, best.xy_second, *cameras, options)
         essential = np.cross(np.asarray(pose.t, np.float64), pose.R, axisb=0, axisc=0)
         fundamental = np.linalg.inv(second.matrix).T @ essential @ np.linalg.inv(first.matrix)
     error = sampson_error(fundamental, judged.xy_first, judged.xy_second)

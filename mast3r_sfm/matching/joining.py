@@ -78,7 +78,7 @@ def join_parts(
         similarity = find_similarity(weak, config.max_epipolar_error_px, seed)
         if similarity is not None:
             joined |= {
-                pair.number: _as_matches(pair, edges[pair.number], similarity, config.max_epipolar_error_px)
+                pair.number: _as_matches(pair, similarity, config.max_epipolar_error_px)
                 for pair in _confirmed(weak, similarity, config.max_epipolar_error_px)
             }
     return joined
@@ -91,7 +91,12 @@ def may_be_confirmed(edge: EpipolarEdge) -> bool:
 
 def _weak_pair(number: int, edge: EpipolarEdge, parts: tuple[Part, Part], views: Mapping[int, View]) -> WeakPair:
     is_swapped = edge.first not in parts[0].images
-    images, xy = (edge.first, edge.second), (edge.xy_first, edge.xy_second)
+    others = len(edge.rejected)
+    images = edge.first, edge.second
+    xy = (
+        np.concatenate([edge.xy_first, edge.rejected[:, 0:2]]),
+        np.concatenate([edge.xy_second, edge.rejected[:, 2:4]]),
+    )
     if is_swapped:
         images, xy = images[::-1], xy[::-1]
     rows = [int(np.searchsorted(part.images, image)) for part, image in zip(parts, images, strict=True)]
@@ -102,7 +107,9 @@ def _weak_pair(number: int, edge: EpipolarEdge, parts: tuple[Part, Part], views:
         centre=(parts[0].centre[rows[0]], parts[1].centre[rows[1]]),
         views=(views[images[0]], views[images[1]]),
         xy=xy,
-        is_distinct=edge.is_distinct,
+        confidence=np.concatenate([edge.confidence, edge.rejected[:, 4]]),
+        is_distinct=np.concatenate([edge.is_distinct, np.ones(others, np.bool_)]),
+        is_own=np.concatenate([edge.is_distinct, np.zeros(others, np.bool_)]),
         num_putative=edge.num_putative,
         is_swapped=is_swapped,
         has_scale=len(parts[1].images) > 1,
@@ -130,7 +137,7 @@ def find_similarity(weak: Sequence[WeakPair], max_error_px: float, seed: int) ->
     best = -1
     for row, (similarity, sigma_deg) in enumerate(found):
         confirmed = _confirmed(weak, similarity, max_error_px)
-        kept = sum(_agreeing(pair, similarity, max_error_px) for pair in confirmed)
+        kept = sum(_own_agreeing(pair, similarity, max_error_px) for pair in confirmed)
         stands = sigma_deg < MAX_SIGMA_DEG and kept >= max(MIN_KEPT * sum(map(_own, confirmed)), 1)
         if stands and (best < 0 or agreeing[row] > agreeing[best]):
             best = row
@@ -151,7 +158,12 @@ def _is_independent(source: WeakPair, other: WeakPair) -> bool:
 
 def _own(pair: WeakPair) -> int:
     """Distinct matches that agree with the pair's own geometry."""
-    return int(pair.is_distinct.sum())
+    return int(pair.is_own.sum())
+
+
+def _own_agreeing(pair: WeakPair, similarity: Similarity, max_error_px: float) -> int:
+    """Of these, how many the similarity agrees with."""
+    return int((pair.judged(similarity, max_error_px).kept & pair.is_own).sum())
 
 
 def _agreeing(pair: WeakPair, similarity: Similarity, max_error_px: float) -> int:
@@ -174,7 +186,7 @@ def _confirmed(weak: Sequence[WeakPair], similarity: Similarity, max_error_px: f
 def _relative_pose(pair: WeakPair, max_error_px: float, seed: int) -> Float64:
     """[3, 4] second camera from first, by the pair alone."""
     cameras = [view.pinhole.poselib_camera() for view in pair.views]
-    xy = [places[pair.is_distinct] for places in pair.xy]
+    xy = [places[pair.is_own] for places in pair.xy]
     options = {
         "max_epipolar_error": max_error_px,
         "min_iterations": MIN_ITERATIONS,
@@ -266,22 +278,23 @@ def _refined(weak: Sequence[WeakPair], start: Similarity, max_error_px: float) -
     return found, sigma_deg
 
 
-def _as_matches(pair: WeakPair, edge: EpipolarEdge, similarity: Similarity, max_error_px: float) -> PairMatches:
+def _as_matches(pair: WeakPair, similarity: Similarity, max_error_px: float) -> PairMatches:
     judged = pair.judged(similarity, max_error_px)
     keep, pose = np.flatnonzero(judged.kept), judged.pose
     sides = [(pair.views[side].photo_xy(pair.xy[side][keep]), judged.points[side][keep]) for side in (0, 1)]
     if pair.is_swapped:
         sides = sides[::-1]
         pose = np.concatenate([pose[:, :3].T, -(pose[:, :3].T @ pose[:, 3])[:, None]], axis=1)
+    first, second = pair.images[::-1] if pair.is_swapped else pair.images
     return PairMatches(
-        first=edge.first,
-        second=edge.second,
+        first=first,
+        second=second,
         xy_first=sides[0][0],
         xy_second=sides[1][0],
-        confidence=edge.confidence[keep],
+        confidence=pair.confidence[keep],
         points_first=sides[0][1],
         points_second=sides[1][1],
         verdict=Verdict.GOOD,
-        inlier_ratio=int(edge.is_distinct[keep].sum()) / max(edge.num_putative, 1),
+        inlier_ratio=int(pair.is_distinct[keep].sum()) / max(pair.num_putative, 1),
         second_from_first=pose,
     )

@@ -29,6 +29,8 @@ def pack_edges(edges: list[EpipolarEdge]) -> Arrays:
         "homography": np.stack([edge.homography for edge in edges]),
         "homography_share": np.array([edge.homography_share for edge in edges]),
         "num_putative": np.array([edge.num_putative for edge in edges], np.int64),
+        "num_rejected": np.array([len(edge.rejected) for edge in edges], np.int64),
+        "rejected": np.concatenate([edge.rejected for edge in edges]),
         "verdict": np.array([_VERDICTS.index(edge.verdict) for edge in edges], np.int32),
         "decode_disagreement_deg": np.array([edge.decode_disagreement_deg for edge in edges]),
     }
@@ -38,10 +40,12 @@ def unpack_edges(arrays: Arrays) -> list[EpipolarEdge]:
     """What `pack_edges` packed."""
     ends = np.cumsum(arrays["length"])
     point_ends = np.cumsum(arrays["length"] * arrays["has_points"])
+    rejected_ends = np.cumsum(arrays["num_rejected"])
     edges = []
     for row, end in enumerate(ends):
         part = slice(int(end - arrays["length"][row]), int(end))
         has_points = bool(arrays["has_points"][row])
+        rejected = slice(int(rejected_ends[row] - arrays["num_rejected"][row]), int(rejected_ends[row]))
         points = slice(int(point_ends[row] - arrays["length"][row]), int(point_ends[row]))
         edges.append(
             EpipolarEdge(
@@ -57,6 +61,7 @@ def unpack_edges(arrays: Arrays) -> list[EpipolarEdge]:
                 homography=arrays["homography"][row],
                 homography_share=float(arrays["homography_share"][row]),
                 num_putative=int(arrays["num_putative"][row]),
+                rejected=arrays["rejected"][rejected],
                 verdict=_VERDICTS[int(arrays["verdict"][row])],
                 decode_disagreement_deg=float(arrays["decode_disagreement_deg"][row]),
             )

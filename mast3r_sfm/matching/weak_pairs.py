@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from mast3r_sfm.geometry.epipolar import homogeneous, triangulate
 from mast3r_sfm.geometry.rigid import camera_centre
 from mast3r_sfm.matching.calibrated import View
-from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int64
+from mast3r_sfm.types import AlignmentResult, Bool, Float32, Float64, Int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ class Similarity:
 
 @dataclass(frozen=True, kw_only=True)
 class WeakPair:
-    """A pair across two parts with the matches that agree with a geometry of its own, in network pixels."""
+    """A pair across two parts with its distinct matches, and others that agree with a geometry of its own, in network
+    pixels."""
 
     number: int
     """Of its edge."""
@@ -84,7 +85,12 @@ class WeakPair:
     views: tuple[View, View]
     xy: tuple[Float64, Float64]
     """[M, 2]."""
+    confidence: Float32
+    """[M]."""
     is_distinct: Bool
+    """[M]."""
+    is_own: Bool
+    """[M] is distinct, and agrees with the pair's own geometry."""
     num_putative: int
     """Distinct matches that were judged."""
     is_swapped: bool

@@ -221,13 +221,44 @@ def test_matches_that_are_not_distinct_are_kept_where_they_agree() -> None:
     assert not edge.is_distinct[0] or edge.confidence[0] == told.confidence.max()
 
 
-def test_what_has_no_say_moves_no_geometry() -> None:
-    """Half of the matches agree with another motion, the more confident half."""
+def test_the_distinct_ones_decide_between_two_motions() -> None:
+    """As many others agree with another motion, and are more confident."""
     scene = ring(3, turn_deg=60, points=400)
     true, other = scene.putative(0, 1)[0], scene.putative(0, 2)[0]
     misleading = replace(silent(other), confidence=np.full(len(other.xy_first), 2, np.float32))
-    alone = check_pair((0, 1), true, CONFIG, 0)
     edge = check_pair((0, 1), joined(misleading, true), CONFIG, 0)
-    np.testing.assert_allclose(edge.fundamental, alone.fundamental, atol=1e-9)
-    assert edge.num_inliers == alone.num_inliers
+    assert edge.num_inliers == edge.num_putative == len(true.xy_first)
     assert edge.verdict is Verdict.GOOD
+    assert sampson_error(edge.fundamental, true.xy_first, true.xy_second).max() < 1
+
+
+def test_a_crowd_decides_where_few_are_distinct() -> None:
+    """Of 26 distinct matches, 14 agree with a wrong motion; of those that are not, all that agree are true."""
+    scene = ring(3, turn_deg=60, points=600)
+    true, other = scene.putative(0, 1)[0], scene.putative(0, 2)[0]
+    numbers = np.arange(len(true.xy_first))
+    others = other.subset(np.arange(len(other.xy_first)) < 14)
+    others = replace(others, confidence=others.confidence + 1)
+    told = joined(others, true.subset(numbers < 12), silent(true.subset((numbers >= 12) & (numbers < 112))))
+    alone = check_pair((0, 1), told, CONFIG, 0, crowd=1.0)
+    assert np.median(sampson_error(alone.fundamental, others.xy_first, others.xy_second)) < 1
+    edge = check_pair((0, 1), told, CONFIG, 0)
+    assert np.median(sampson_error(edge.fundamental, true.xy_first, true.xy_second)) < 1
+    assert edge.num_putative == 26
+    assert 12 <= edge.num_inliers < 16
+
+
+def test_what_is_distinct_and_does_not_agree_is_remembered() -> None:
+    exact, is_true = ring(2, turn_deg=40, points=600).putative(0, 1, outliers=0.3)
+    edge = check_pair((0, 1), exact, CONFIG, 0)
+    everything = row_set(np.concatenate([edge.xy_first, edge.rejected[:, :2]]).astype(np.float32))
+    assert everything == row_set(exact.xy_first.astype(np.float32))
+    assert 0.8 * (~is_true).sum() < len(edge.rejected) <= (~is_true).sum()
+    one, other = edge.judged(10_000)
+    assert len(one) == len(other) == edge.num_putative == len(exact.xy_first)
+    best = row_set(exact.xy_first[np.argsort(-exact.confidence)[:50]].astype(np.float32))
+    assert row_set(edge.judged(50)[0].astype(np.float32)) == best
+    # Not what had no say, and nothing of a pointmap, whose points it would lack.
+    assert len(check_pair((0, 1), silent(exact), CONFIG, 0).rejected) == 0
+    pointed = replace(exact, points=lambda numbers: matched(np.zeros((len(numbers), 3))))
+    assert check_pair((0, 1), pointed, CONFIG, 0).rejected.shape == (0, 5)

@@ -148,6 +148,7 @@ class Shifted:
             homography=np.eye(3),
             homography_share=1.0,
             num_putative=400,
+            rejected=np.zeros((0, 5), np.float32),
             verdict=verdict,
         )
 
