@@ -135,6 +135,18 @@ def ring(number: int, *, points: int = 300, seed: int = 0, turn_deg: float = 360
     return Scene(points=cloud, poses=np.stack([look_at(place, rng.normal(0, 0.2, 3)) for place in places]))
 
 
+def wandering(number: int, seed: int) -> Scene:
+    """A ring whose cameras do not look at one point: axes that meet would leave two focal lengths open."""
+    scene = ring(number, turn_deg=120, seed=seed)
+    rng = np.random.default_rng([seed, 5])
+    return replace(
+        scene,
+        poses=np.stack(
+            [look_at(camera_centre(pose), rng.normal(0, 0.6, 3), rng.normal(0, 0.3)) for pose in scene.poses]
+        ),
+    )
+
+
 def turning(number: int, *, points: int = 2000, seed: int = 0, step_deg: float = 8.0) -> Scene:
     """Cameras in one point that turn: no depth."""
     rng = np.random.default_rng([seed, 18])

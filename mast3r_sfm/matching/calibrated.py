@@ -106,16 +106,14 @@ def _relative_pose(
     edge: EpipolarEdge, first: View, second: View, config: MatchConfig, seed: int
 ) -> tuple[Float64, Bool]:
     cameras = first.pinhole.poselib_camera(), second.pinhole.poselib_camera()
-    count = min(len(edge.xy_first), SAMPLED_MATCHES)
-    last = count - 1 if edge.points_first is None else len(edge.xy_first) - 1
-    few = np.linspace(0, last, count).astype(np.int64)
+    few = edge.judged(SAMPLED_MATCHES)
     options = {
         "max_epipolar_error": config.max_epipolar_error_px,
         "min_iterations": MIN_ITERATIONS,
         "max_iterations": MAX_ITERATIONS,
         "seed": seed,
     }
-    pose, _ = poselib.estimate_relative_pose(edge.xy_first[few], edge.xy_second[few], *cameras, options)
+    pose, _ = poselib.estimate_relative_pose(*few, *cameras, options)
     loss = {"loss_type": "CAUCHY", "loss_scale": config.max_epipolar_error_px / 2}
     pose, _ = poselib.refine_relative_pose(edge.xy_first, edge.xy_second, pose, *cameras, loss)
     translation = np.asarray(pose.t, np.float64)

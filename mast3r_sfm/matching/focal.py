@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mast3r_sfm.matching.check import EpipolarEdge
+from mast3r_sfm.matching.focal_fit import TYPICAL_RATIO, fit_focal_ratios
 from mast3r_sfm.types import Bool, Float64, Int32
 
-TYPICAL_RATIO = 1.0
-"""Focal length over the image's long side where nothing is known: between a phone's 0.75 and a short tele lens."""
 CANDIDATES = np.geomspace(0.35, 4.0, 97)
 PRIOR_WEIGHT = 0.3
 """Pull towards TYPICAL_RATIO, in units of the cost; decides only where the pairs say nothing, as in forward motion."""
@@ -34,7 +33,12 @@ plane seen from different places."""
 
 
 def estimate_focal_ratios(
-    edges: list[EpipolarEdge], camera_of_image: Int32, sizes: Float64, known: Float64, centres: Float64 | None = None
+    edges: list[EpipolarEdge],
+    camera_of_image: Int32,
+    sizes: Float64,
+    known: Float64,
+    centres: Float64 | None = None,
+    threads: int = 1,
 ) -> Float64:
     """Focal length of each camera, over the long side of its image.
 
@@ -44,6 +48,7 @@ def estimate_focal_ratios(
         sizes: [N, 2] width and height in network pixels.
         known: [C] ratio where it is known, NaN elsewhere.
         centres: [N, 2] principal points in network pixels; None: the middles of the images.
+        threads: pairs that are looked at side by side.
 
     Returns:
         [C]: the known ratios, and estimates where the pairs allow one, else TYPICAL_RATIO.
@@ -54,7 +59,8 @@ def estimate_focal_ratios(
     centres = sizes / 2 if centres is None else centres
     if len(general) > MIN_GENERAL_SHARE * len(links):
         geometry = _Geometry.of(general, "fundamental", camera_of_image, sizes, centres)
-        return _search(geometry, essential_defect, ratios, known)
+        ratios = _search(geometry, essential_defect, ratios, known)
+        return fit_focal_ratios(links, camera_of_image, sizes, centres, ratios, np.isnan(known), threads)
     if links:
         geometry = _Geometry.of(links, "homography", camera_of_image, sizes, centres)
         turned = _search(geometry, turn_defect, ratios, known)

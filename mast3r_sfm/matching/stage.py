@@ -26,7 +26,7 @@ from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import AlignmentResult, Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
 
-CODE_VERSION = 8
+CODE_VERSION = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +192,8 @@ class Matcher:
                 lens = Lens(camera=given[group])
                 known[camera] = lens.focal_px / max(given[group].width_px, given[group].height_px)
                 centres[camera_of_image == camera] = lens.centre_px
-        ratios = estimate_focal_ratios(
-            list(edges), camera_of_image, sizes / scales[:, None], known, centres / scales[:, None]
-        )
+        network = sizes / scales[:, None], known, centres / scales[:, None]
+        ratios = estimate_focal_ratios(list(edges), camera_of_image, *network, threads=self.checker.threads)
         cameras = []
         for camera, group in enumerate(groups):
             if group in given:

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.config import MatchConfig
-from mast3r_sfm.geometry.rigid import camera_centre
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
 from mast3r_sfm.matching.focal import TYPICAL_RATIO, essential_defect, estimate_focal_ratios, turn_defect
-from mast3r_sfm.synthetic.cameras import look_at
 from mast3r_sfm.types import Float64, Int32
-from tests.exact import CENTRE_PX, HEIGHT_PX, WIDTH_PX, Scene, random_pixels, ring, street, turning, wall
+from tests.exact import CENTRE_PX, HEIGHT_PX, WIDTH_PX, Scene, random_pixels, ring, street, turning, wall, wandering
 
 CONFIG = MatchConfig()
 UNKNOWN = np.array([np.nan])
@@ -22,18 +20,6 @@ UNKNOWN = np.array([np.nan])
 
 def shared(number: int) -> Int32:
     return np.zeros(number, np.int32)
-
-
-def wandering(number: int, seed: int) -> Scene:
-    """A ring whose cameras do not look at one point: axes that meet would leave two focal lengths open."""
-    scene = ring(number, turn_deg=120, seed=seed)
-    rng = np.random.default_rng([seed, 5])
-    return replace(
-        scene,
-        poses=np.stack(
-            [look_at(camera_centre(pose), rng.normal(0, 0.6, 3), rng.normal(0, 0.3)) for pose in scene.poses]
-        ),
-    )
 
 
 def edges_of(scene: Scene, focal_px: Float64, noise_px: float = 0.0, outliers: float = 0.0) -> list[EpipolarEdge]:
