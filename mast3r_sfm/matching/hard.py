@@ -25,7 +25,7 @@ from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.types import Bool, Int64, Verdict
 
 STRONG_EVIDENCE = 15.0
-"""Distinct inliers times the square of their share above which nearest neighbours are believed. Chance reaches 9 (900
+"""Distinct inliers times the square of their share above which nearest neighbours are believed. Chance reaches 9 (1,300
 pairs of photos of different places, benchmarks/chance_matches.py)."""
 SMALL_PART = 8
 """Images of a strongly connected part below which its pairs, too, are worth a second look."""
@@ -38,6 +38,13 @@ MIN_AGREEING, MIN_AGREEING_SHARE = 10, 0.33
 with wrong ones, at most 0.29 agree, or fewer than nine matches."""
 FRUITLESS_ROUNDS = 3
 """Rounds without a confirmed link after which the parts are taken to be separate."""
+WELL_HELD = 3
+"""Strong pairs of an image from which no other is needed to say where it was taken."""
+MIN_SURE_SHARE = 0.5
+"""Share of the slow matcher's matches that must agree for it to say better where such an image was taken. With less, it
+confirms that two photos show the same place, but its geometry is often wrong."""
+MIN_HOPE = 8
+"""Distinct inliers of nearest neighbours from which the slow matcher is asked about a pair of a thinly held image."""
 
 Rematch = Callable[[int], EpipolarEdge]
 
@@ -66,7 +73,8 @@ def match_hard_pair(
     )
     silent = replace(others, is_distinct=np.zeros(len(others.xy_first), np.bool_))
     lenses = PairLenses.of(pair, views, checker.lenses)
-    edge = check_pair(pair, lenses.straighten(join_putative([slow, silent])), checker.config, checker.seed)
+    joined = lenses.straighten(join_putative([slow, silent]))
+    edge = check_pair(pair, joined, checker.config, checker.seed, crowd=1.0)
     if not edge.verdict.is_link or edge.num_inliers >= SURE_INLIERS:
         return edge
     distinct = lenses.straighten(others.subset(others.is_distinct))
@@ -93,7 +101,8 @@ def hanging_pairs(edges: Sequence[EpipolarEdge], num_images: int) -> list[int]:
 def settle_hanging_pairs(
     edges: Sequence[EpipolarEdge], num_images: int, rematch: Rematch, pool: Executor
 ) -> list[EpipolarEdge]:
-    """Rematch pairs between parts that are not strongly connected, until they are joined or found to be separate.
+    """Rematch pairs between parts that are not strongly connected, until they are joined or found to be separate; then
+    doubtful pairs of images that few strong ones hold.
 
     Args:
         edges: all checked pairs.
@@ -102,7 +111,8 @@ def settle_hanging_pairs(
         pool: where it runs.
 
     Returns:
-        the edges in the same order: rematched ones replaced, and thin links that nothing confirms judged WEAK.
+        the edges in the same order: rematched ones replaced, and thin links between parts that nothing confirms judged
+        WEAK.
     """
     settled = list(edges)
     tried = np.zeros(len(edges), bool)
@@ -121,7 +131,13 @@ def settle_hanging_pairs(
             strong[number] = edge.verdict.is_link
             confirmed |= bool(strong[number])
         fruitless = 0 if confirmed else fruitless + 1
-    return _without_links_between(settled, _parts(settled, strong, num_images))
+    settled = _without_links_between(settled, _parts(settled, strong, num_images))
+    # An image with one or two strong pairs is pulled about by its doubtful ones.
+    chosen = _of_thinly_held(settled, strong, tried, num_images)
+    for number, edge in zip(chosen, pool.map(rematch, chosen), strict=True):
+        if edge.verdict.is_link and edge.inlier_ratio >= MIN_SURE_SHARE:
+            settled[number] = edge
+    return settled
 
 
 def weaken_hanging_links(edges: Sequence[EpipolarEdge], num_images: int) -> list[EpipolarEdge]:
@@ -167,3 +183,16 @@ def _most_promising(edges: Sequence[EpipolarEdge], part: Int64, tried: Bool) -> 
             if end not in best or edge.num_inliers > edges[best[end]].num_inliers:
                 best[end] = number
     return sorted(set(best.values()))
+
+
+def _of_thinly_held(edges: Sequence[EpipolarEdge], strong: Bool, tried: Bool, num_images: int) -> list[int]:
+    """Of every image with few strong pairs, the doubtful ones with most inliers; ascending, each once."""
+    ends = np.array([(edge.first, edge.second) for edge in edges], np.int64).reshape(-1, 2)
+    held = np.bincount(ends[strong].ravel(), minlength=num_images)
+    inliers = np.array([edge.num_inliers for edge in edges], np.int64)
+    doubtful = ~strong & ~tried & (inliers >= MIN_HOPE)
+    chosen: set[int] = set()
+    for image in np.flatnonzero((held > 0) & (held < WELL_HELD)):
+        own = np.flatnonzero(doubtful & (ends == image).any(axis=1))
+        chosen.update(own[np.argsort(-inliers[own], kind="stable")][:WELL_HELD].tolist())
+    return sorted(chosen)

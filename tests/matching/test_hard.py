@@ -17,6 +17,7 @@ from mast3r_sfm.matching.check import EpipolarEdge, Putative, check_pair
 from mast3r_sfm.matching.checker import PairChecker
 from mast3r_sfm.matching.hard import (
     MIN_AGREEING,
+    MIN_SURE_SHARE,
     SMALL_PART,
     STRONG_EVIDENCE,
     SURE_INLIERS,
@@ -67,10 +68,10 @@ def edge(scene: Scene, first: int, second: int, count: int, *, outliers: float =
 
 
 def two_parts(scene: Scene, between: int) -> list[EpipolarEdge]:
-    """Strong pairs inside (0, 1, 2) and (3, 4, 5), and thin ones between the two, of `between` true matches."""
+    """Strong pairs inside both halves of 8 images, and thin ones between the two, of `between` true matches."""
     edges = []
-    for first, second in combinations(range(6), 2):
-        inside = (first < 3) == (second < 3)
+    for first, second in combinations(range(8), 2):
+        inside = (first < 4) == (second < 4)
         edges.append(edge(scene, first, second, 200 if inside else between, outliers=0.0 if inside else 0.3))
     return edges
 
@@ -88,6 +89,11 @@ def scene() -> Scene:
     return ring(6, turn_deg=90, points=250)
 
 
+@pytest.fixture
+def halves() -> Scene:
+    return ring(8, turn_deg=90, points=250)
+
+
 def test_strong_collections_are_left_alone(scene: Scene, pool: ThreadPoolExecutor) -> None:
     edges = [edge(scene, first, second, 200) for first, second in combinations(range(6), 2)]
     asked: list[int] = []
@@ -96,10 +102,10 @@ def test_strong_collections_are_left_alone(scene: Scene, pool: ThreadPoolExecuto
     assert all(new is old for new, old in zip(settled, edges, strict=True))
 
 
-def test_a_confirmed_link_joins_the_parts(scene: Scene, pool: ThreadPoolExecutor) -> None:
-    edges = two_parts(scene, between=12)
+def test_a_confirmed_link_joins_the_parts(halves: Scene, pool: ThreadPoolExecutor) -> None:
+    edges = two_parts(halves, between=12)
     asked: list[int] = []
-    settled = settle_hanging_pairs(edges, 6, answer(scene, edges, 150, asked), pool)
+    settled = settle_hanging_pairs(edges, 8, answer(halves, edges, 150, asked), pool)
     assert 1 <= len(set(asked)) == len(asked) <= 2  # one answer is enough
     for number, (old, new) in enumerate(zip(edges, settled, strict=True)):
         assert (new.first, new.second) == (old.first, old.second)
@@ -110,18 +116,46 @@ def test_a_confirmed_link_joins_the_parts(scene: Scene, pool: ThreadPoolExecutor
             assert new is old
 
 
-def test_links_that_nothing_confirms_are_weak(scene: Scene, pool: ThreadPoolExecutor) -> None:
-    edges = two_parts(scene, between=45)
-    thin = [number for number, one in enumerate(edges) if (one.first < 3) != (one.second < 3)]
+def test_links_that_nothing_confirms_are_weak(halves: Scene, pool: ThreadPoolExecutor) -> None:
+    edges = two_parts(halves, between=45)
+    thin = [number for number, one in enumerate(edges) if (one.first < 4) != (one.second < 4)]
     assert any(edges[number].verdict.is_link for number in thin)
     assert all(edges[n].num_inliers * edges[n].inlier_ratio ** 2 < STRONG_EVIDENCE for n in thin)
     asked: list[int] = []
-    settled = settle_hanging_pairs(edges, 6, answer(scene, edges, 5, asked), pool)
+    settled = settle_hanging_pairs(edges, 8, answer(halves, edges, 5, asked), pool)
     assert set(asked) <= set(thin)
     assert len(set(asked)) == len(asked) <= 6  # it gives up
     for number, new in enumerate(settled):
         assert new.verdict.is_link == (number not in thin)
         assert new.num_inliers == edges[number].num_inliers  # what nearest neighbours found is still there
+
+
+def test_a_thinly_held_image_asks_for_its_best_doubtful_pairs(halves: Scene, pool: ThreadPoolExecutor) -> None:
+    """Image 7 has one strong pair; all others are strong."""
+    edges = []
+    for first, second in combinations(range(8), 2):
+        true = 200 if second < 7 or first == 6 else 8 + 2 * first
+        edges.append(edge(halves, first, second, true, outliers=0.0 if true == 200 else 0.3))
+    asked: list[int] = []
+    confirm, refuse = answer(halves, edges, 150, asked), answer(halves, edges, 5, asked)
+    doubtful = [number for number, one in enumerate(edges) if one.second == 7 and one.first < 6]
+    unsure = replace(edge(halves, 0, 7, 100), num_putative=round(100 / MIN_SURE_SHARE) + 1)
+    best = sorted(doubtful, key=lambda number: -edges[number].num_inliers)[:3]
+
+    def rematch(number: int) -> EpipolarEdge:
+        if number == best[1]:
+            asked.append(number)
+            return unsure
+        return confirm(number) if number == best[0] else refuse(number)
+
+    settled = settle_hanging_pairs(edges, 8, rematch, pool)
+    assert sorted(asked) == sorted(best)
+    for number, (old, new) in enumerate(zip(edges, settled, strict=True)):
+        if number == best[0]:
+            assert new.verdict is Verdict.GOOD
+            assert new.num_inliers == 150
+        else:
+            assert new is old  # nothing better is known of it
 
 
 def test_nothing_to_settle(pool: ThreadPoolExecutor) -> None:
