@@ -31,6 +31,9 @@ LAST_STEP = 1.04
 MAX_SWEEPS = 8
 PAIRS, PAIRS_PER_CAMERA = 12, 5
 """Pairs that are looked at in all, and for each camera; the larger of both numbers counts."""
+MAX_CAMERAS = 50
+"""Unknown ones beyond which the start is left as it is: the search takes a second for every few of them, and where
+photos are many, aligning them finds all focal lengths together."""
 MAX_MATCHES = 250
 NOISE_PX, FAR_PX = 1.0, 4.0
 """Errors of matches beyond which they count by their logarithm, and not at all."""
@@ -60,6 +63,8 @@ def fit_focal_ratios(
     Returns:
         [C].
     """
+    if unknown.sum() > MAX_CAMERAS:
+        return ratios
     pairs = [_Pair.of(edge, camera_of_image, sizes, centres) for edge in _most_telling(edges, camera_of_image, unknown)]
     cameras = np.array([pair.cameras for pair in pairs]).reshape(-1, 2)
     unknown = unknown & np.isin(np.arange(len(ratios)), cameras)
@@ -89,6 +94,8 @@ class _Pair:
     """With a focal length of the image's long side."""
     xy: tuple[Float64, Float64]
     """[M, 2] distinct matches, the best first."""
+    best_lie_apart: bool
+    """Unlike those of a pointmap, so that poses may be drawn from the best matches first."""
 
     @classmethod
     def of(cls, edge: EpipolarEdge, camera_of_image: Int32, sizes: Float64, centres: Float64) -> _Pair:
@@ -100,6 +107,7 @@ class _Pair:
             cameras=(int(camera_of_image[edge.first]), int(camera_of_image[edge.second])),
             views=(first, second),
             xy=(xy_first, xy_second),
+            best_lie_apart=edge.points_first is None,
         )
 
     def cost(self, ratios: tuple[float, float]) -> float:
@@ -112,7 +120,7 @@ class _Pair:
             "max_epipolar_error": 2 * NOISE_PX,
             "min_iterations": MIN_ITERATIONS,
             "max_iterations": MAX_ITERATIONS,
-            "progressive_sampling": True,
+            "progressive_sampling": self.best_lie_apart,
         }
         pose, _ = poselib.estimate_relative_pose(*self.xy, *cameras, options)
         essential = np.cross(np.asarray(pose.t, np.float64), pose.R, axisb=0, axisc=0)

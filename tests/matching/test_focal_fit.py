@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.config import MatchConfig
+from mast3r_sfm.matching import focal_fit
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
 from mast3r_sfm.matching.focal_fit import LAST_STEP, MAX_MATCHES, TYPICAL_RATIO, fit_focal_ratios
 from mast3r_sfm.types import Bool, Float64, Int32
@@ -106,3 +107,11 @@ def test_where_the_pairs_say_nothing_it_stays_usual() -> None:
 def test_a_turning_camera_tells_it_too(focal_px: float) -> None:
     found = fit(zoomed(turning(4), np.full(4, focal_px), outliers=0.0), np.zeros(4, np.int32), np.array([2.0]))
     assert WIDTH_PX * found[0] == pytest.approx(focal_px, rel=0.1)
+
+
+def test_many_unknown_cameras_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = zoomed(ring(4, turn_deg=100, points=120), np.full(4, 700.0))
+    camera, start = np.arange(4, dtype=np.int32), np.full(4, 2.5)
+    assert (fit(edges, camera, start) < 2).all()
+    monkeypatch.setattr(focal_fit, "MAX_CAMERAS", 3)
+    np.testing.assert_array_equal(fit(edges, camera, start), start)
