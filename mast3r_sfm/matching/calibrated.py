@@ -11,7 +11,7 @@ from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import rays, rotation_between, sampson_error, triangulate
 from mast3r_sfm.geometry.similarity import align_similarity_robust, spanned_dimensions
-from mast3r_sfm.matching.check import EpipolarEdge, Pinhole, min_significant_inliers
+from mast3r_sfm.matching.check import EpipolarEdge, Pinhole, fundamental_between, min_significant_inliers
 from mast3r_sfm.matching.straight import bend
 from mast3r_sfm.types import Bool, Float32, Float64, Int64, PairMatches, Verdict
 
@@ -119,8 +119,7 @@ def _relative_pose(
     translation = np.asarray(pose.t, np.float64)
     # A translation of zero length would be a pure rotation, which the caller has ruled out.
     translation = translation / max(float(np.linalg.norm(translation)), 1e-12)
-    essential = np.cross(translation, pose.R, axisb=0, axisc=0)
-    fundamental = np.linalg.inv(second.pinhole.matrix).T @ essential @ np.linalg.inv(first.pinhole.matrix)
+    fundamental = fundamental_between(first.pinhole, second.pinhole, pose.R, translation)
     inliers = sampson_error(fundamental, edge.xy_first, edge.xy_second) < config.max_epipolar_error_px
     return np.concatenate([pose.R, translation[:, None]], axis=1), inliers
 

@@ -130,6 +130,12 @@ class Pinhole:
         return {"model": "SIMPLE_PINHOLE", "width": round(width), "height": round(height), "params": params}
 
 
+def fundamental_between(first: Pinhole, second: Pinhole, rotation: Float64, translation: Float64) -> Float64:
+    """[3, 3] of two cameras, by the pose of the second from the first: a rotation [3, 3] and a translation [3]."""
+    essential = np.cross(np.asarray(translation, np.float64), rotation, axisb=0, axisc=0)
+    return np.asarray(np.linalg.inv(second.matrix).T @ essential @ np.linalg.inv(first.matrix), np.float64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Putative:
     """Matches of a pair before any check; network pixels."""
@@ -256,8 +262,7 @@ def _fit_fundamental(judged: Putative, config: MatchConfig, seed: int, crowd: fl
         first, second = judged.cameras
         cameras = first.poselib_camera(), second.poselib_camera()
         pose, _ = poselib.estimate_relative_pose(best.xy_first, best.xy_second, *cameras, options)
-        essential = np.cross(np.asarray(pose.t, np.float64), pose.R, axisb=0, axisc=0)
-        fundamental = np.linalg.inv(second.matrix).T @ essential @ np.linalg.inv(first.matrix)
+        fundamental = fundamental_between(first, second, pose.R, pose.t)
     error = sampson_error(fundamental, judged.xy_first, judged.xy_second)
     return np.asarray(fundamental, np.float64), judged.subset(error < config.max_epipolar_error_px)
 

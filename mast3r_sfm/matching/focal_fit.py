@@ -16,7 +16,7 @@ import numpy as np
 import poselib
 
 from mast3r_sfm.geometry.epipolar import sampson_error
-from mast3r_sfm.matching.check import EpipolarEdge, Pinhole
+from mast3r_sfm.matching.check import EpipolarEdge, Pinhole, fundamental_between
 from mast3r_sfm.types import Bool, Float64, Int32, Int64
 
 TYPICAL_RATIO = 1.0
@@ -123,8 +123,7 @@ class _Pair:
             "progressive_sampling": self.best_lie_apart,
         }
         pose, _ = poselib.estimate_relative_pose(*self.xy, *cameras, options)
-        essential = np.cross(np.asarray(pose.t, np.float64), pose.R, axisb=0, axisc=0)
-        fundamental = np.linalg.inv(second.matrix).T @ essential @ np.linalg.inv(first.matrix)
+        fundamental = fundamental_between(first, second, pose.R, pose.t)
         error = np.minimum(sampson_error(fundamental, *self.xy), FAR_PX)
         return float(np.log1p((error / NOISE_PX) ** 2).sum())
 

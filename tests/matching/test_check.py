@@ -10,6 +10,7 @@ import pytest
 from mast3r_sfm.config import MatchConfig
 from mast3r_sfm.geometry.epipolar import homogeneous, sampson_error
 from mast3r_sfm.matching.check import EpipolarEdge, MatchedPoints, Putative, check_pair, min_significant_inliers
+from mast3r_sfm.matching.stored import pack_edges, unpack_edges
 from mast3r_sfm.types import Float64, Int64, Verdict
 from tests.exact import Scene, random_pixels, ring, street, turning, wall
 
@@ -258,6 +259,10 @@ def test_what_is_distinct_and_does_not_agree_is_remembered() -> None:
     assert len(one) == len(other) == edge.num_putative == len(exact.xy_first)
     best = row_set(exact.xy_first[np.argsort(-exact.confidence)[:50]].astype(np.float32))
     assert row_set(edge.judged(50)[0].astype(np.float32)) == best
+    weak = check_pair((1, 2), exact.subset(~is_true), CONFIG, 0)
+    assert len(weak.rejected) > 50
+    for before, after in zip((edge, weak), unpack_edges(pack_edges([edge, weak])), strict=True):
+        np.testing.assert_array_equal(after.rejected, before.rejected)
     # Not what had no say, and nothing of a pointmap, whose points it would lack.
     assert len(check_pair((0, 1), silent(exact), CONFIG, 0).rejected) == 0
     pointed = replace(exact, points=lambda numbers: matched(np.zeros((len(numbers), 3))))
