@@ -113,6 +113,34 @@ def test_two_weak_pairs_join_two_parts(scene: Scene) -> None:
         assert match.points_first[:, 2].min() > 0
 
 
+def test_what_a_pair_rejected_by_itself_comes_back_where_it_agrees(scene: Scene) -> None:
+    edges = []
+    for pair in ((2, 3), (1, 4)):
+        edge = weak(scene, *pair)
+        true = {tuple(xy) for xy in scene.putative(*pair, noise_px=0.3)[0].xy_first[:14].tolist()}
+        lost = np.flatnonzero([tuple(xy) in true for xy in edge.xy_first.tolist()])[:3]
+        kept = np.setdiff1d(np.arange(len(edge.xy_first)), lost)
+        rows = np.concatenate([edge.xy_first[lost], edge.xy_second[lost], np.full((3, 1), 0.25)], axis=1)
+        edges.append(
+            replace(
+                edge,
+                xy_first=edge.xy_first[kept],
+                xy_second=edge.xy_second[kept],
+                confidence=edge.confidence[kept],
+                is_distinct=edge.is_distinct[kept],
+                rejected=np.concatenate([edge.rejected, rows.astype(np.float32)]),
+            )
+        )
+    joined = join(scene, edges)
+    assert joined.keys() == {0, 1}
+    for number, match in joined.items():
+        back = match.confidence == 0.25
+        assert back.sum() >= 2
+        expected = {tuple(xy) for xy in (2 * edges[number].rejected[-3:, :4].astype(np.float64)).tolist()}
+        found = np.concatenate([match.xy_first, match.xy_second], axis=1)[back]
+        assert {tuple(xy) for xy in found.tolist()} <= expected
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_what_joins_is_right(seed: int) -> None:
