@@ -61,6 +61,9 @@ from mast3r_sfm.types import (
     ViewGraph,
 )
 
+MAX_RECALIBRATIONS = 2
+"""Times that pairs are calibrated anew: with ten unknown cameras, the first two gain almost all that there is."""
+
 
 def reconstruct(
     images: Path,
@@ -211,13 +214,9 @@ class _Run:
             matched = self._match(paired, report)
         with self.recorder.stage("align") as report:
             report.key = fingerprint(report.key, self.config.align, align_stage.CODE_VERSION)
-            matches = matched.matches
-            parts, rig = self._align(paired, matches, matched.rig, report)
-            joined = matched.join(parts, rig) if paired.known.poses is None else {}
-            if joined:
-                matches = [joined.get(number, match) for number, match in enumerate(matches)]
-                parts, rig = self._align(paired, matches, matched.rig, report)
-            turns = self._find_turns(paired, matches, parts, rig)
+            aligned = self._align_settled(paired, matched, report)
+            matches, parts = aligned.matches, aligned.parts
+            turns = self._find_turns(paired, matches, parts, aligned.rig)
             self.rejected_pairs = rejected_pairs(matches, parts, photos.names)
             report.counts |= {
                 "parts": len(parts),
@@ -230,14 +229,14 @@ class _Run:
             detected = not isinstance(model, DenseModel) or self.matching.features == "sift"
             given = map_stage.MapInput(
                 names=photos.names,
-                rig=rig,
+                rig=aligned.rig,
                 matches=matches,
                 parts=parts,
                 detected=detected,
                 matched_px=1.0 if isinstance(model, DenseModel) and self.matching.resolution != "coarse" else None,
                 known=paired.known.poses,
                 usable=self.usable,
-                confirmed=frozenset((match.first, match.second) for match in joined.values()),
+                confirmed=aligned.confirmed,
             )
             models = self._map(photos, given, encodings, report)
         with self.recorder.stage("export") as report:
@@ -361,7 +360,12 @@ class _Run:
             ),
             "matches": sum(len(match) for match in matches),
         }
-        return _Matched(matches=matches, rig=rig, join=partial(matcher.join, edges))
+        return _Matched(
+            matches=matches,
+            rig=rig,
+            calibrate=partial(matcher.calibrate, edges),
+            join=partial(matcher.join, edges),
+        )
 
     def _judge_bridges(self, graph: ViewGraph, edges: Sequence[EpipolarEdge]) -> None:
         """Say what became of the pairs that were matched only to join parts."""
@@ -384,6 +388,27 @@ class _Run:
             self.config.seed,
             self.usable,
         )
+
+    def _align_settled(self, paired: _Paired, matched: _Matched, report: StageDraft) -> _Aligned:
+        """Pairs are calibrated with guessed focal lengths at first, and anew while alignment finds others."""
+        start, matches = matched.rig, matched.matches
+        parts, rig = self._align(paired, matches, start, report)
+        if paired.known.poses is not None:
+            return _Aligned(matches=matches, parts=parts, rig=rig)
+        for _ in range(MAX_RECALIBRATIONS):
+            if not align_stage.focal_lengths_moved(start, rig):
+                break
+            anew = matched.calibrate(rig)
+            others, other_rig = self._align(paired, anew, rig, report)
+            if align_stage.agreeing_matches(others, anew) < align_stage.agreeing_matches(parts, matches):
+                break
+            start, matches, parts, rig = rig, anew, others, other_rig
+        joined = matched.join(parts, rig)
+        if joined:
+            matches = [joined.get(number, match) for number, match in enumerate(matches)]
+            parts, rig = self._align(paired, matches, start, report)
+        confirmed = frozenset((match.first, match.second) for match in joined.values())
+        return _Aligned(matches=matches, parts=parts, rig=rig, confirmed=confirmed)
 
     def _align(
         self, paired: _Paired, matches: Sequence[PairMatches], rig: Rig, report: StageDraft
@@ -528,5 +553,20 @@ class _Matched:
 
     matches: list[PairMatches]
     rig: Rig
+    calibrate: Callable[[Rig], list[PairMatches]]
+    """Gives all pairs anew, with better cameras."""
     join: Callable[[Sequence[AlignmentResult], Rig], Mapping[int, PairMatches]]
     """Gives the pairs that confirm each other once parts are aligned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Aligned:
+    """What alignment hands on."""
+
+    matches: list[PairMatches]
+    """The pairs as they are believed in the end."""
+    parts: list[AlignmentResult]
+    rig: Rig
+    """With the focal lengths of the parts."""
+    confirmed: frozenset[tuple[int, int]] = frozenset()
+    """Pairs by which parts were joined."""

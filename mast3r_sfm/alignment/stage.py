@@ -23,7 +23,9 @@ from mast3r_sfm.geometry.known_poses import KnownPoses
 from mast3r_sfm.geometry.rigid import angle_between_rotations, camera_centre, make_pose
 from mast3r_sfm.types import AlignmentResult, Bool, Float64, Int32, PairMatches, Rig
 
-CODE_VERSION = 5
+CODE_VERSION = 6
+MAX_FOCAL_CHANGE = 1.03
+"""Factor up to which a pair's pose is the same with either focal length, next to its noise."""
 BRIDGE_LEAD = 2.0
 """How many times the evidence of refuted pairs the only pair between two halves must have to be believed."""
 
@@ -217,6 +219,17 @@ def with_focal_lengths(rig: Rig, parts: Sequence[AlignmentResult]) -> Rig:
                 params[0] = focal
                 cameras[number] = replace(cameras[number], params=params)
     return replace(rig, cameras=tuple(cameras))
+
+
+def focal_lengths_moved(before: Rig, after: Rig) -> bool:
+    """Whether any camera's focal length differs by so much that pairs deserve to be calibrated anew."""
+    pairs = zip(before.cameras, after.cameras, strict=True)
+    return any(abs(np.log(after.params[0] / before.params[0])) > np.log(MAX_FOCAL_CHANGE) for before, after in pairs)
+
+
+def agreeing_matches(parts: Sequence[AlignmentResult], matches: Sequence[PairMatches]) -> int:
+    """How many matches the pairs have that agree with the parts in which they stand."""
+    return sum(len(matches[edge]) for part in parts for edge in part.edges)
 
 
 def _doubtful_bridges(matches: list[PairMatches], images: Int32, dropped: list[PairMatches]) -> Bool:

@@ -31,6 +31,8 @@ PARALLEL_RESIDUALS = 1_000_000
 model twice."""
 THIN = 50
 """Points of three views or more below which a confirmed image is held by those of two as well."""
+MAX_LOSS = 0.001
+"""Share of the error of held-out observations that a significant principal point may add: the draw's own noise."""
 MAX_CHANGE = 0.0005
 """Share of the observations that a round of refinement may still change when it is the last."""
 
@@ -309,11 +311,11 @@ class Mapper:
         """Refined parameters of the cameras whose principal points are determined and out of the middle.
 
         Significant against the noise of the observations, and not by what these have in common with no others: the
-        sample of them that was held out must be explained better as well.
+        sample of them that was held out must not be explained worse.
         """
         found = off_centre_cameras(reconstruction, bundle, self._held)
         gains = gains_of_shifts(sample, bundle, self._held, found.keys()) if found else {}
-        return {number: params for number, params in found.items() if gains[number] > 0}
+        return {number: params for number, params in found.items() if gains[number] > -MAX_LOSS}
 
     def _adjust(
         self, mapper: pycolmap.IncrementalMapper, triangulation: pycolmap.IncrementalTriangulatorOptions

@@ -17,7 +17,10 @@ from mast3r_sfm.colmap.solving import cameras_of, solve, solve_with_shifts
 from mast3r_sfm.types import Float64
 
 MIN_SIGNIFICANCE = 9.0
-"""Squared Mahalanobis distance of the shift from the middle; noise alone exceeds it once in 90 cameras."""
+"""Squared Mahalanobis distance of a small shift from the middle; noise alone exceeds it once in 90 cameras."""
+TYPICAL_SHIFT = 0.007
+"""Of real cameras, over the long side. The larger a shift is next to it, the more must speak for it: the significance
+that is asked for grows by the square of their ratio."""
 MAX_UNCERTAINTY = 0.01
 """Standard deviation of the principal point over the long side, above which the photos do not determine it."""
 MIN_IMAGES = 4
@@ -122,7 +125,8 @@ def _is_significant(camera: pycolmap.Camera, covariance: Float64) -> bool:
     long_side = max(camera.width, camera.height)
     if np.sqrt(np.diag(block).max()) > MAX_UNCERTAINTY * long_side or np.abs(shift).max() > MAX_SHIFT * long_side:
         return False
-    return bool(shift @ np.linalg.solve(block, shift) > MIN_SIGNIFICANCE)
+    least = MIN_SIGNIFICANCE + float(((shift / (TYPICAL_SHIFT * long_side)) ** 2).sum())
+    return bool(shift @ np.linalg.solve(block, shift) > least)
 
 
 def residual_variance(reconstruction: pycolmap.Reconstruction) -> float:

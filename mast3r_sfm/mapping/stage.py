@@ -20,7 +20,7 @@ from mast3r_sfm.mapping.refinement import Refiner
 from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.types import AlignmentResult, Float64, PairMatches, Rig, Usable
 
-CODE_VERSION = 8
+CODE_VERSION = 9
 MIN_POINTS = 20
 """A model with fewer points is no evidence of anything."""
 MIN_OBSERVED_SHARE = 0.1

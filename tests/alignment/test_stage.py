@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.alignment import stage
-from mast3r_sfm.alignment.stage import Pinholes, align, with_focal_lengths
+from mast3r_sfm.alignment.stage import Pinholes, agreeing_matches, align, focal_lengths_moved, with_focal_lengths
 from mast3r_sfm.config import AlignConfig
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.geometry.rigid import make_pose, rotation_from_axis_angle, transform_points
@@ -297,3 +297,21 @@ def test_edges_that_hold_an_image_are_counted() -> None:
         (result,) = align(matches, 6, CONFIG, pinholes)
         assert result.num_edges.tolist() == [5, 4, 5, 5, 4, 5]
         assert wrong not in result.edges
+
+
+@pytest.mark.parametrize(
+    ("factor", "moved"), [(1.0, False), (1.025, False), (0.975, False), (1.035, True), (0.6, True)]
+)
+def test_pairs_are_calibrated_anew_where_focal_lengths_moved(factor: float, moved: bool) -> None:
+    rig = ring(3).rig()
+    assert focal_lengths_moved(rig, ring(3).rig(focal_factor=factor)) == moved
+
+
+def test_matches_that_agree_are_those_of_the_edges_of_all_parts() -> None:
+    scene = ring(8)
+    matches = exact_matches(scene, [*combinations(range(5), 2), *combinations(range(5, 8), 2)])
+    matches[5] = turned_wrong(matches[5], np.random.default_rng(0))
+    parts = align(matches, 8, CONFIG)
+    assert len(parts) == 2
+    assert agreeing_matches(parts, matches) == sum(len(match) for match in matches) - len(matches[5])
+    assert agreeing_matches([], matches) == 0

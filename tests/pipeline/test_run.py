@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from mast3r_sfm.evaluation.metrics import compare
 from mast3r_sfm.evaluation.pairs import measure_pairs
 from mast3r_sfm.evaluation.truth import read_truth_json
 from mast3r_sfm.geometry.rigid import compose_poses, make_pose
+from mast3r_sfm.matching import stage as match_stage
+from mast3r_sfm.matching.check import EpipolarEdge
 from mast3r_sfm.report import read_report
 from mast3r_sfm.summaries import ModelSummary, RunReport, StageReport
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Float64, PairMatches, Rig
 from tests.pipeline.conftest import PHOTOS, SMALL, Reconstruct, Run
 
 STAGES = ("prepare", "encode", "pairs", "match", "align", "map", "export")
@@ -351,3 +354,28 @@ def test_the_model_is_asked_for_the_keypoints_that_suit_the_collection(
         with pytest.raises(ConfigError, match="enough"):
             pipeline.reconstruct(house, tmp_path / str(number), Config().with_overrides(settings))
     assert asked == [6826, 900]
+
+
+def test_pairs_are_calibrated_anew_with_the_focal_length_that_alignment_finds(
+    run_small: Reconstruct, house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess half as long again costs next to nothing in the end."""
+    guess, calibrate = match_stage.estimate_focal_ratios, match_stage.Matcher.calibrate
+    focal_px: list[float] = []
+
+    def noting(self: match_stage.Matcher, edges: Sequence[EpipolarEdge], rig: Rig) -> list[PairMatches]:
+        focal_px.append(float(rig.cameras[0].params[0]))
+        return calibrate(self, edges, rig)
+
+    monkeypatch.setattr(match_stage.Matcher, "calibrate", noting)
+    good = run_small(house, tmp_path / "good")
+    near = len(focal_px)
+    monkeypatch.setattr(match_stage, "estimate_focal_ratios", lambda *given, **more: 1.5 * guess(*given, **more))
+    bad = run_small(house, tmp_path / "bad", resume=False)
+    (true_px,) = {camera.params[0] for camera in good.model.cameras.values()}
+    found = np.abs(np.log(np.array(focal_px[near:]) / true_px))
+    assert 2 <= len(found) <= 1 + pipeline.MAX_RECALIBRATIONS
+    assert found[0] > 0.3
+    assert found[-1] < 0.15 * found[0]
+    assert sorted(bad.report.models[0].images) == sorted(good.report.models[0].images)
+    assert bad.report.models[0].observations > 0.97 * good.report.models[0].observations

@@ -63,11 +63,11 @@ def test_two_scenes_with_one_logo_are_two_models(
     assert run.report.left_out == ()
     assert 20 <= counts(run)["watermark"] <= HOUSE * 5
     assert counts(run)["links"] <= 15 + 10
-    # Were nothing known of overlays, the logo would tie the scenes together.
+    # Were nothing known of overlays, pairs of both scenes would pass, and only their contradictions tell.
     monkeypatch.setattr(check, "overlay_matches", lambda xy_first, *_: np.zeros(len(xy_first), np.bool_))
     blind = run_small(photos, tmp_path / "blind")
     assert counts(blind)["watermark"] == 0
-    assert ["hills", "house"] in scenes_of_models(blind)
+    assert counts(blind)["links"] >= 15 + 10 + 5
 
 
 def test_a_photo_that_shares_only_the_logo_is_told_so(repository: Path, run_small: Reconstruct, tmp_path: Path) -> None:
