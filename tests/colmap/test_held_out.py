@@ -30,7 +30,7 @@ def shifted_database(make_database: MakeDatabase, shift_px: float, seed: int, no
 def bundle() -> pycolmap.BundleAdjustmentOptions:
     options = pycolmap.BundleAdjustmentOptions()
     options.print_summary = False
-    options.ceres.loss_function_type = pycolmap.LossFunctionType.SOFT_L1
+    options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
     options.ceres.solver_options.num_threads = 1
     options.ceres.solver_options.function_tolerance = 1e-6
     return options

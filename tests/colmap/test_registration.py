@@ -183,4 +183,6 @@ def test_known_neighbours_stay_while_an_image_is_adjusted(make_database: MakeDat
     wrong = pushed(model, 2)
     adjust_around(wrong, 3, options, held)
     for image, pose in model.poses().items():
-        assert np.array_equal(pose, ColmapModel(wrong).poses()[image]) == (image != 2)
+        # But for the last bit: the solver writes quaternions back as they are after another division by their length.
+        moved = np.abs(ColmapModel(wrong).poses()[image] - pose).max()
+        assert moved < 1e-15 if image != 2 else moved > 1e-5
