@@ -307,7 +307,7 @@ def test_better_observations_make_a_better_model(build_noisy: BuildNoisy) -> Non
 
 
 def test_the_same_observations_change_little(build_noisy: BuildNoisy) -> None:
-    built, scene = build_noisy(0.15), arc()  # as refined observations have
+    built, scene = build_noisy(0.12), arc()  # as refined observations have
     again = built.readjusted(built.tracks.xy)
     assert len(again.tracks().xy) > 0.97 * len(built.true)
     assert errors(again, scene).error_deg.max() < 1.3 * errors(built.model, scene).error_deg.max()
