@@ -25,7 +25,7 @@ MAX_REFINEMENTS, TOLERANCE = 5, 1e-5
 ROUGH_TOLERANCE = 1e-4
 """The same where observations are still to be refined, which gains more than the last rounds would."""
 REFINED_TRUST, REFINED_SCALE = 0.5, 0.25
-"""By which thresholds, and the scale of the loss, shrink once observations are refined: either coordinate errs by 0.12 px
+"""By which thresholds, and the scale of the loss, shrink once observations are refined: a coordinate errs by 0.12 px
 instead of 0.8, at which a Cauchy loss of this scale loses a twelfth of what they say."""
 PARALLEL_RESIDUALS = 1_000_000
 """Below so many, Ceres computes in one thread: several sum up in any order, and the same photos would not give the same
