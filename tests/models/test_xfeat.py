@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,62 @@ def test_attention_between_images_is_that_of_kornia() -> None:
     with torch.inference_mode():
         for mine, expected in zip(_CrossAttention(theirs)(first, second), theirs(first, second), strict=True):
             torch.testing.assert_close(mine, expected)
+
+
+def test_matching_hard_gives_what_kornia_gives(
+    model: XFeatModel, encoding: Encoding, photos: list[NDArray[np.uint8]]
+) -> None:
+    height, width = photos[0].shape[:2]
+    shifted = np.roll(photos[0], (height // 8, width // 6), axis=(0, 1))
+    (other,) = model.encode([loaded(shifted)])
+    index, confidence = model.match_hard(encoding, other)
+    matcher = HardPairMatcher(package_file("xfeat-lighterglue.pt"), CPU)
+    network = matcher._network
+    network.conf.depth_confidence = network.conf.width_confidence = -1  # type: ignore[union-attr]  # all layers
+    given = {
+        f"image{number}": {
+            "keypoints": torch.from_numpy(one.transform.to_network(one.xy[:MAX_KEYPOINTS].astype(np.float64))).float()[
+                None
+            ],
+            "descriptors": torch.from_numpy(one.tokens[:MAX_KEYPOINTS]).float()[None],
+            "image_size": torch.tensor(one.network_size)[None].float(),
+        }
+        for number, one in enumerate((encoding, other))
+    }
+    with torch.inference_mode():
+        theirs = network(given)
+    assert len(index) > 100
+    np.testing.assert_array_equal(index, theirs["matches"][0].numpy())
+    np.testing.assert_allclose(confidence, theirs["scores"][0].numpy(), atol=1e-3)
+
+
+def test_matching_hard_photos_that_share_nothing_ends_early(
+    model: XFeatModel, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3)).astype(np.uint8)
+    (other,) = model.encode([loaded(noise)])
+    assert len(other.xy) > 100
+    model.match_hard(encoding, encoding)  # loads the network
+    matcher = model._hard_pairs
+    assert matcher is not None
+    entered: list[int] = []
+    for number, layer in enumerate(matcher._network.transformers):
+        monkeypatch.setattr(layer, "forward", _counted(layer.forward, entered, number))
+    index, confidence = model.match_hard(encoding, other)
+    assert entered == [0, 1]
+    assert index.shape == (0, 2)
+    assert confidence.shape == (0,)
+    entered.clear()
+    model.match_hard(encoding, encoding)
+    assert entered == list(range(6))
+
+
+def _counted(forward: Callable[..., object], entered: list[int], number: int) -> Callable[..., object]:
+    def called(*tokens: torch.Tensor) -> object:
+        entered.append(number)
+        return forward(*tokens)
+
+    return called
 
 
 def test_matching_hard_with_nothing(model: XFeatModel, encoding: Encoding) -> None:
