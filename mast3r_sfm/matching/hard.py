@@ -50,7 +50,7 @@ Rematch = Callable[[int], EpipolarEdge]
 
 
 def match_hard_pair(
-    checker: PairChecker, model: KeypointModel, pair: Pair, views: Views, others: Putative
+    checker: PairChecker, model: KeypointModel, pair: Pair, views: Views, nearest: Callable[[], Putative]
 ) -> EpipolarEdge:
     """Match and check one pair with the model's slow matcher.
 
@@ -59,8 +59,8 @@ def match_hard_pair(
         model: has the slow matcher.
         pair: indices of the images.
         views: the model's encodings of both.
-        others: what nearest neighbours match. They have no say in the geometry, but unless it has SURE_INLIERS, the
-            distinct ones among them must confirm it.
+        nearest: gives what nearest neighbours match, where the slow matcher finds enough to ask. They have no say in
+            the geometry, but unless it has SURE_INLIERS, the distinct ones among them must confirm it.
     """
     first, second = views
     index, confidence = model.match_hard(first, second)
@@ -71,6 +71,9 @@ def match_hard_pair(
         is_distinct=np.ones(len(index), np.bool_),
         frames=(shown(first), shown(second)),
     )
+    if len(index) < checker.config.min_inliers:
+        return check_pair(pair, slow, checker.config, checker.seed)
+    others = nearest()
     silent = replace(others, is_distinct=np.zeros(len(others.xy_first), np.bool_))
     lenses = PairLenses.of(pair, views, checker.lenses)
     joined = lenses.straighten(join_putative([slow, silent]))

@@ -118,7 +118,7 @@ class Matcher:
             pair = edges[number].first, edges[number].second
             with reading:
                 views, keypoints = checker.views(pair), checker.keypoints(pair)
-            return match_hard_pair(checker, model, pair, views, checker.match(views, keypoints))
+            return match_hard_pair(checker, model, pair, views, lambda: checker.match(views, keypoints))
 
         with ThreadPoolExecutor(checker.threads) as pool:
             return settle_hanging_pairs(edges, self.num_images, rematch, pool)

@@ -170,7 +170,8 @@ def test_a_pair_is_matched_by_the_slow_matcher(scene: Scene) -> None:
     assert isinstance(model, KeypointModel)
     encodings = model.encodings()
     checker = PairChecker(model=model, encodings=encodings, config=CONFIG, seed=0, threads=1)
-    found = match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), scene.putative(2, 4)[0].subset(NONE))
+    nothing = scene.putative(2, 4)[0].subset(NONE)
+    found = match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), lambda: nothing)
     assert (found.first, found.second) == (2, 4)
     assert found.verdict is Verdict.GOOD
     assert found.num_putative == len(found.xy_first) == int((scene.sees(2) & scene.sees(4)).sum())
@@ -184,7 +185,21 @@ def hard_edge(scene: Scene, slow: int, others: Putative) -> EpipolarEdge:
     encodings = model.encodings()
     model.most = slow
     checker = PairChecker(model=model, encodings=encodings, config=CONFIG, seed=0, threads=1)
-    return match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), others)
+    return match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), lambda: others)
+
+
+@pytest.mark.parametrize("found", [0, CONFIG.min_inliers - 1])
+def test_nearest_neighbours_are_not_asked_where_the_slow_matcher_finds_too_little(scene: Scene, found: int) -> None:
+    model = HardDescriber(scene)
+    encodings = model.encodings()
+    model.most = found
+    checker = PairChecker(model=model, encodings=encodings, config=CONFIG, seed=0, threads=1)
+
+    def never() -> Putative:
+        raise AssertionError
+
+    edge = match_hard_pair(checker, model, (2, 4), (encodings[2], encodings[4]), never)
+    assert edge.verdict is Verdict.TOO_FEW
 
 
 def told(scene: Scene, true: int, wrong: int, distinct: bool = True) -> Putative:
