@@ -59,7 +59,7 @@ class CoarseLoss:
         given = zip(self._batches, self._rows(scene), self._weights, strict=True)
         matrix, gradient = sum_edges((self._linearise(scene, *one) for one in given), count)
         anchors = len(scene.log_depth)
-        return NormalEquations(matrix=matrix, gradient=gradient, depths=(), num_anchors=anchors, free=free)
+        return NormalEquations(matrix=matrix, gradient=gradient, depths=None, num_anchors=anchors, free=free)
 
     def _rows(self, scene: Scene) -> list[Float64]:
         """[B, K, 7] of every batch, kept from scene to scene while depths and focal lengths stay."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.linalg
@@ -18,13 +18,13 @@ import scipy.sparse
 from scipy.sparse.linalg import splu
 
 from mast3r_sfm.alignment.problem import Batch, PointmapProblem
-from mast3r_sfm.types import Bool, Float64, Int32, Int64
+from mast3r_sfm.types import Bool, Float64, Int64
+
+Matrix: TypeAlias = Float64 | scipy.sparse.csr_array
 
 PER_IMAGE = 7
 DENSE = 3000
-"""Unknowns up to which a dense factorisation is the faster one: then most images share points with most others."""
-FILLED = 4
-"""Equations of depths are kept as a dense matrix where one entry in so many or more is not zero."""
+"""Unknowns up to which dense matrices are the faster ones: then most images share points with most others."""
 _TINY = 1e-300
 
 
@@ -41,91 +41,54 @@ class EdgeBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthBlock:
-    """What B edges with K matches and k unknowns each say of the depths of anchors."""
+class Coupling:
+    """How the depths that B directed edges with K matches each see depend on l local unknowns of the edge."""
 
-    anchors: Int64
-    """[B, K]."""
+    where: Int64
+    """[B, K] number of the depth."""
     columns: Int64
     """[B, k] numbers of the unknowns."""
-    coupling: Float64
-    """[B, K, k] between depths and unknowns; zero where a match is a repeated one, as below."""
-    diagonal: Float64
-    """[B, K]."""
-    gradient: Float64
-    """[B, K]."""
+    chain: Float64
+    """[B, l, k] change of the local unknowns with the unknowns."""
+    values: Float64
+    """[B, K, l], over the root of the diagonal of the depth's equation; zero where a match is a repeated one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depths:
-    """The equations of some anchors, which no other ones share."""
+    """The equations of all depths, and what eliminating them without damping takes from the others."""
 
     anchors: Int64
-    """[a]."""
-    coupling: Float64 | scipy.sparse.csr_array
-    """[a, P], dense where that is the faster way."""
-    diagonal: Float64
-    """[a] positive."""
+    """[D] number of the anchor of each."""
+    root: Float64
+    """[D] of the diagonal."""
     gradient: Float64
-    """[a]."""
+    """[D] over that root."""
+    couplings: Sequence[Coupling]
+    matrix: Matrix
+    """[P, P] to be taken from that of the unknowns."""
+    right: Float64
+    """[P] to be added to their right side."""
 
-
-class _Entries(NamedTuple):
-    """Entries of a matrix that add up where they stand in one place."""
-
-    rows: Int32
-    columns: Int32
-    values: Float64
-    shape: tuple[int, int]
-
-    def summed(self) -> Float64 | scipy.sparse.csr_array:
-        """The matrix, dense where one place in FILLED or more has an entry."""
-        height, width = self.shape
-        if len(self.values) * FILLED > height * width:
-            place = self.rows.astype(np.int64) * width + self.columns
-            return np.asarray(np.bincount(place, self.values, height * width).reshape(self.shape))
-        return scipy.sparse.coo_array((self.values, (self.rows, self.columns)), shape=self.shape).tocsr()
-
-
-def sum_depths(blocks: Sequence[DepthBlock], unknowns: int, prior: float, value: Float64) -> Depths:
-    """Put together what the edges say of anchors.
-
-    Args:
-        blocks: all that touch these anchors.
-        unknowns: P.
-        prior: added to each diagonal.
-        value: [A] deviation of every anchor from its prior.
-    """
-    named, where = np.unique(np.concatenate([block.anchors.ravel() for block in blocks]), return_inverse=True)
-    rows, columns, values, start = [], [], [], 0
-    for block in blocks:
-        edges, matches, k = block.coupling.shape
-        # Half the memory of the default integers, at what takes most of it.
-        rows.append(np.repeat(where[start : start + edges * matches].astype(np.int32), k))
-        columns.append(np.broadcast_to(block.columns.astype(np.int32)[:, None], block.coupling.shape).ravel())
-        values.append(block.coupling.ravel())
-        start += edges * matches
-    entries = _Entries(np.concatenate(rows), np.concatenate(columns), np.concatenate(values), (len(named), unknowns))
-    diagonal: Float64 = np.concatenate([block.diagonal.ravel() for block in blocks])
-    gradient: Float64 = np.concatenate([block.gradient.ravel() for block in blocks])
-    return Depths(
-        anchors=named,
-        coupling=entries.summed(),
-        diagonal=np.asarray(prior + np.bincount(where, diagonal, len(named)), np.float64),
-        gradient=prior * value[named] + np.bincount(where, gradient, len(named)),
-    )
+    def change(self, step: Float64) -> Float64:
+        """[D] by which the depths change, without damping, where the unknowns [P] take a step."""
+        total = self.gradient.copy()
+        for one in self.couplings:
+            local = one.chain @ step[one.columns][..., None]
+            total += np.bincount(one.where.ravel(), (one.values @ local).ravel(), len(total))
+        return -total / self.root
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormalEquations:
     """H x = −g over P unknowns, of which only the free ones move, and over the depths of A anchors."""
 
-    matrix: scipy.sparse.csr_array
-    """[P, P] without the depths."""
+    matrix: Matrix
+    """[P, P] without the depths; dense for few unknowns."""
     gradient: Float64
     """[P]."""
-    depths: Sequence[Depths]
-    """Each anchor in one of them at most; the others stay."""
+    depths: Depths | None
+    """Anchors that are not in it stay."""
     num_anchors: int
     free: Bool
     """[P]."""
@@ -137,56 +100,74 @@ class NormalEquations:
             ArithmeticError: the equations cannot be solved; more damping may help.
         """
         right = -self.gradient
-        for depths in self.depths:
-            right += depths.coupling.T @ (depths.gradient / ((1 + damping) * depths.diagonal))
-        step = np.zeros(len(right))
+        if self.depths is not None:
+            right += self.depths.right / (1 + damping)
+        step, change = np.zeros(len(right)), np.zeros(self.num_anchors)
         matrix, free = self.reduced(damping)
         step[free] = _solve_scaled(matrix, right[free])
-        change = np.zeros(self.num_anchors)
-        for depths in self.depths:
-            change[depths.anchors] = -(depths.gradient + depths.coupling @ step) / ((1 + damping) * depths.diagonal)
+        if self.depths is not None:
+            change[self.depths.anchors] = self.depths.change(step) / (1 + damping)
         return step, change
 
-    def reduced(self, damping: float) -> tuple[Float64 | scipy.sparse.csr_array, Int64]:
+    def reduced(self, damping: float) -> tuple[Matrix, Int64]:
         """Matrix [F, F] of the free unknowns without the depths, dense for few unknowns, and their numbers [F]."""
         free = np.flatnonzero(self.free)
-        matrix = self.matrix + scipy.sparse.diags_array(damping * self.matrix.diagonal())
-        dense = matrix.toarray() if len(free) <= DENSE else None
-        for depths in self.depths:
-            scale = 1 / np.sqrt((1 + damping) * depths.diagonal)
-            if isinstance(depths.coupling, np.ndarray):
-                scaled = scale[:, None] * depths.coupling
-            else:
-                scaled = scipy.sparse.diags_array(scale) @ depths.coupling
-            share = scaled.T @ scaled
-            if dense is None:
-                matrix = matrix - scipy.sparse.csr_array(share)
-            else:
-                # An array from the start: sorting what a sparse matrix is made of takes longer than making it.
-                dense -= share if isinstance(share, np.ndarray) else share.toarray()
-        return scipy.sparse.csr_array(matrix)[free][:, free] if dense is None else dense[np.ix_(free, free)], free
+        matrix = _with_diagonal(self.matrix, damping * self.matrix.diagonal())
+        if self.depths is not None:
+            matrix = add_matrices(matrix, -self.depths.matrix / (1 + damping))
+        if isinstance(matrix, np.ndarray):
+            return matrix[np.ix_(free, free)], free
+        matrix = scipy.sparse.csr_array(matrix)[free][:, free]
+        return matrix.toarray() if len(free) <= DENSE else matrix, free
 
 
-def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int) -> tuple[scipy.sparse.csr_array, Float64]:
-    """Matrix [P, P] and gradient [P] of all edges."""
-    rows, columns, values, gradient = [], [], [], np.zeros(unknowns)
-    for block in blocks:
-        k = block.columns.shape[1]
-        rows.append(np.repeat(block.columns, k, axis=1).ravel())
-        columns.append(np.tile(block.columns, (1, k)).ravel())
-        values.append(block.matrix.ravel())
-        gradient += np.bincount(block.columns.ravel(), block.gradient.ravel(), unknowns)
-    table = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    return scipy.sparse.coo_array(table, shape=(unknowns, unknowns)).tocsr(), gradient
+def sum_edges(blocks: Iterable[EdgeBlock], unknowns: int, diagonal: Float64 | float = 0.0) -> tuple[Matrix, Float64]:
+    """Matrix [P, P], with something added to its diagonal [P], and gradient [P] of all edges."""
+    given = list(blocks)
+    columns = np.concatenate([block.columns for block in given])
+    matrix = sum_blocks(columns, columns, np.concatenate([block.matrix for block in given]), unknowns)
+    gradient = np.concatenate([block.gradient for block in given])
+    added = np.broadcast_to(np.asarray(diagonal, np.float64), (unknowns,))
+    return _with_diagonal(matrix, added), sum_vectors(columns, gradient, unknowns)
 
 
-def _solve_scaled(matrix: Float64 | scipy.sparse.csr_array, right: Float64) -> Float64:
+def sum_vectors(columns: Int64, vectors: Float64, unknowns: int) -> Float64:
+    """[P] sum of n vectors [n, k] that stand in columns [n, k]."""
+    return np.asarray(np.bincount(columns.ravel(), vectors.ravel(), unknowns), np.float64)
+
+
+def add_matrices(left: Matrix, right: Any) -> Matrix:
+    """Sum of two matrices [P, P], both dense or both sparse ones of any kind."""
+    total: Any = left + right
+    return total if isinstance(total, np.ndarray) else scipy.sparse.csr_array(total)
+
+
+def sum_blocks(rows: Int64, columns: Int64, blocks: Float64, unknowns: int) -> Matrix:
+    """[P, P] sum of n blocks [n, k, k] that stand in rows [n, k] and columns [n, k]."""
+    if unknowns <= DENSE:
+        place = unknowns * rows[:, :, None] + columns[:, None]
+        summed = np.bincount(place.ravel(), blocks.ravel(), unknowns * unknowns)
+        return np.asarray(summed.reshape(unknowns, unknowns))
+    where = [np.broadcast_to(one, blocks.shape).ravel() for one in (rows[:, :, None], columns[:, None])]
+    table = (blocks.ravel(), tuple(one.astype(np.int32) for one in where))
+    return scipy.sparse.coo_array(table, shape=(unknowns, unknowns)).tocsr()
+
+
+def _with_diagonal(matrix: Matrix, added: Float64) -> Matrix:
+    if isinstance(matrix, np.ndarray):
+        result = matrix.copy()
+        result[np.diag_indices(len(result))] += added
+        return result
+    return scipy.sparse.csr_array(matrix + scipy.sparse.diags_array(added))
+
+
+def _solve_scaled(matrix: Matrix, right: Float64) -> Float64:
     """Solve with rows and columns scaled to a diagonal of 1, since the unknowns have different units."""
     scale = 1 / np.sqrt(np.maximum(matrix.diagonal(), _TINY))
     try:
         if isinstance(matrix, np.ndarray):
-            dense = matrix * scale[:, None] * scale
-            solution = scipy.linalg.solve(dense, scale * right, assume_a="pos", check_finite=False)
+            dense: Float64 = matrix * scale[:, None] * scale
+            solution: Float64 = scipy.linalg.solve(dense, scale * right, assume_a="pos", check_finite=False)
         else:
             diagonal = scipy.sparse.diags_array(scale)
             scaled = scipy.sparse.csc_array(diagonal @ matrix @ diagonal)

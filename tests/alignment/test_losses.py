@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse
 
+from mast3r_sfm.alignment import losses
 from mast3r_sfm.alignment.coarse import CoarseLoss
+from mast3r_sfm.alignment.elimination import SharedAnchors, find_shared
 from mast3r_sfm.alignment.losses import FineLoss, Priors, move
-from mast3r_sfm.alignment.normal import PER_IMAGE, NormalEquations
+from mast3r_sfm.alignment.normal import PER_IMAGE
 from mast3r_sfm.alignment.problem import PointmapProblem, Scene, camera_points, make_batches
 from mast3r_sfm.errors import ShapeError
 from mast3r_sfm.geometry.rigid import make_pose, rotation_from_axis_angle
-from mast3r_sfm.types import Float64
+from mast3r_sfm.types import Bool, Float64
 
 IMAGES, CELLS, MATCHES = 4, 6, 9
 
@@ -80,13 +82,14 @@ def test_the_fine_gradient_is_the_slope_of_the_loss(shared: bool, allowing: bool
         rise = [loss.value(move(problem, scene, sign * step, unmoved)) for sign in (1, -1)]
         slope = (rise[0] - rise[1]) / 2e-6 * _total_weight(loss)
         assert equations.gradient[unknown] == pytest.approx(slope, rel=1e-5, abs=1e-4)
-    for depths in equations.depths:
-        for number, anchor in enumerate(depths.anchors):
-            step = unmoved.copy()
-            step[anchor] = 1e-6
-            rise = [loss.value(move(problem, scene, still, sign * step)) for sign in (1, -1)]
-            slope = (rise[0] - rise[1]) / 2e-6 * _total_weight(loss)
-            assert depths.gradient[number] == pytest.approx(slope, rel=1e-5, abs=1e-4)
+    depths = equations.depths
+    assert depths is not None
+    for anchor, gradient in zip(depths.anchors, depths.gradient * depths.root, strict=True):
+        step = unmoved.copy()
+        step[anchor] = 1e-6
+        rise = [loss.value(move(problem, scene, still, sign * step)) for sign in (1, -1)]
+        slope = (rise[0] - rise[1]) / 2e-6 * _total_weight(loss)
+        assert gradient == pytest.approx(slope, rel=1e-5, abs=1e-4)
 
 
 def test_the_coarse_gradient_is_the_slope_where_depth_stays() -> None:
@@ -133,7 +136,8 @@ def test_moments_give_the_equations_of_single_matches() -> None:
     weight = problem.weight / (1 + (error**2).sum(axis=1) / kernel**2)
     equations = loss.linearise(scene, _nothing_fixed(problem))
     expected = np.einsum("m,mrp,mrq->pq", weight, jacobian, jacobian)
-    np.testing.assert_allclose(equations.matrix.toarray(), expected, rtol=1e-6, atol=1e-7)
+    assert isinstance(equations.matrix, np.ndarray)
+    np.testing.assert_allclose(equations.matrix, expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(
         equations.gradient, np.einsum("m,mrp,mr->p", weight, jacobian, error), rtol=1e-6, atol=1e-7
     )
@@ -167,39 +171,122 @@ def test_losses_do_not_change_when_the_world_is_turned_and_moved() -> None:
         assert loss.value(elsewhere) == pytest.approx(loss.value(scene), rel=1e-9)
 
 
-def _whole(equations: NormalEquations, damping: float) -> tuple[Float64, Float64]:
-    """The step from the whole matrix, depths included."""
-    free, (depths,) = np.flatnonzero(equations.free), equations.depths
-    coupling = scipy.sparse.csr_array(depths.coupling)[:, free]
-    matrix = scipy.sparse.block_array(
-        [[equations.matrix[free][:, free], coupling.T], [coupling, scipy.sparse.diags_array(depths.diagonal)]]
-    ).toarray()
+def _errors(problem: PointmapProblem, scene: Scene) -> Float64:
+    """[M, 2, 2] by match and side, match by match."""
+    error = np.zeros((len(problem.weight), 2, 2))
+    for match, edge in enumerate(problem.edge_of_match):
+        for side in (0, 1):
+            source, target = problem.pairs[edge, [side, 1 - side]]
+            point = camera_points(problem, scene, np.array([[match]]), np.array([source]), side)[0, 0]
+            pose, other = scene.cam_from_world[source], scene.cam_from_world[target]
+            seen = other[:, :3] @ pose[:, :3].T @ (point - pose[:, 3]) + other[:, 3]
+            focal = scene.focal_px[problem.camera_of_image[target]]
+            error[match, side] = focal * seen[:2] / seen[2] - problem.pixels[match, 1 - side]
+    return error
+
+
+def _whole(problem: PointmapProblem, scene: Scene, free: Bool, damping: float) -> tuple[Float64, Float64]:
+    """The step by a matrix over all unknowns and depths, whose derivatives are numeric."""
+    unknowns, anchors, priors = len(free), len(scene.log_depth), Priors()
+
+    def errors(step: Float64) -> Float64:
+        return _errors(problem, move(problem, scene, step[:unknowns], step[unknowns:]))
+
+    steps = 1e-6 * np.eye(unknowns + anchors)
+    jacobian = np.stack([(errors(step) - errors(-step)) / 2e-6 for step in steps], axis=-1)
+    error = errors(np.zeros(unknowns + anchors))
+    weight = problem.weight[:, None] / (1 + (error**2).sum(axis=-1) / 20.0**2)
+    matrix = np.einsum("ms,mscp,mscq->pq", weight, jacobian, jacobian)
+    gradient = np.einsum("ms,mscp,msc->p", weight, jacobian, error)
+    matrix[np.arange(unknowns, len(matrix)), np.arange(unknowns, len(matrix))] += 1 / priors.log_depth**2
+    gradient[unknowns:] += scene.log_depth / priors.log_depth**2
+    for image, camera in enumerate(PER_IMAGE * IMAGES + problem.camera_of_image):
+        matrix[camera, camera] += 1 / priors.log_focal**2
+        change = np.log(scene.focal_px[problem.camera_of_image[image]] / problem.base_focal_px[image])
+        gradient[camera] += change / priors.log_focal**2
     matrix[np.diag_indices(len(matrix))] *= 1 + damping
-    solution = np.linalg.solve(matrix, -np.concatenate([equations.gradient[free], depths.gradient]))
-    step, change = np.zeros(len(equations.gradient)), np.zeros(equations.num_anchors)
-    step[free], change[depths.anchors] = solution[: len(free)], solution[len(free) :]
-    return step, change
+    seen = np.isin(np.arange(anchors), problem.anchor)
+    kept = np.flatnonzero(np.concatenate([free, seen]))
+    solution = np.zeros(len(matrix))
+    solution[kept] = np.linalg.solve(matrix[np.ix_(kept, kept)], -gradient[kept])
+    return solution[:unknowns], solution[unknowns:]
 
 
-@pytest.mark.parametrize("filled", [0, 1000])
+@pytest.mark.parametrize("sharing", ["some", "one", "none"])
+@pytest.mark.parametrize("group", [1, 1000])
 @pytest.mark.parametrize("dense", [0, 1000])
 def test_eliminating_depths_gives_the_step_of_the_whole(
-    dense: int, filled: int, monkeypatch: pytest.MonkeyPatch
+    dense: int, group: int, sharing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where anchors are seen by some edges, where all see one of each image, and where no two matches see one."""
     monkeypatch.setattr("mast3r_sfm.alignment.normal.DENSE", dense)
-    monkeypatch.setattr("mast3r_sfm.alignment.normal.FILLED", filled)
-    problem, scene = _problem(), _scene(_problem())
+    monkeypatch.setattr("mast3r_sfm.alignment.losses.GROUP_MATCHES", group)
+    problem = _problem()
+    image = problem.pairs[problem.edge_of_match].astype(np.int64)
+    if sharing == "one":
+        problem = replace(problem, anchor=image * CELLS)
+    elif sharing == "none":
+        number = image.size
+        depth = np.random.default_rng(2).uniform(4, 6, number)
+        anchor = np.arange(number).reshape(image.shape)
+        problem = replace(problem, anchor=anchor, anchor_depth=depth, image_of_anchor=image.ravel())
+    scene = _scene(problem)
+    log_depth = np.random.default_rng(3).normal(0, 0.03, len(problem.anchor_depth))
+    scene = replace(scene, log_depth=log_depth)
     fixed = _nothing_fixed(problem)
     fixed[:PER_IMAGE] = True
     equations = FineLoss(problem, 20.0, Priors()).linearise(scene, fixed)
-    assert isinstance(equations.depths[0].coupling, np.ndarray) == bool(filled)
+    assert isinstance(equations.matrix, np.ndarray) == bool(dense)
     step, change = equations.solve(0.01)
-    expected, expected_change = _whole(equations, 0.01)
-    np.testing.assert_allclose(step, expected, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(change, expected_change, rtol=1e-6, atol=1e-9)
+    expected, expected_change = _whole(problem, scene, equations.free, 0.01)
+    np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(change, expected_change, rtol=1e-5, atol=1e-7)
     assert not step[:PER_IMAGE].any()
     assert step[-1] == 0, "a known focal length moved"
     assert np.abs(step[PER_IMAGE:-1]).max() > 1e-4
+
+
+def test_pairs_that_are_not_kept_are_sought_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _problem()
+    scene, fixed = _scene(problem), _nothing_fixed(problem)
+    fixed[:PER_IMAGE] = True
+    kept, anew = (FineLoss(problem, 20.0, Priors()) for _ in range(2))
+    step, change = kept.linearise(scene, fixed).solve(0.01)
+    monkeypatch.setattr(losses, "KEPT_PAIRS", 0)
+    sought = 0
+
+    def counted(*given: Any) -> SharedAnchors:
+        nonlocal sought
+        sought += 1
+        return find_shared(*given)
+
+    monkeypatch.setattr(losses, "find_shared", counted)
+    for steps in (1, 2):
+        found, found_change = anew.linearise(scene, fixed).solve(0.01)
+        assert sought == steps
+        np.testing.assert_array_equal(found, step)
+        np.testing.assert_array_equal(found_change, change)
+    kept.linearise(scene, fixed)
+    assert sought == 2
+
+
+def test_pairs_of_matches_that_see_one_anchor_are_all_found_once() -> None:
+    rng = np.random.default_rng(0)
+    anchors, used = rng.integers(0, 9, 200), rng.random(200) < 0.8
+    edges = np.sort(rng.integers(0, 5, 200))
+    shared = find_shared(anchors, edges, used)
+    of_piece = np.repeat(np.arange(len(shared.first)), np.diff([*shared.first, len(shared.left)]))
+    found = []
+    for left, right, (one, other) in zip(shared.left, shared.right, shared.edges[of_piece], strict=True):
+        real = left < len(anchors)
+        np.testing.assert_array_equal(real, right < len(anchors))
+        assert (edges[left[real]] == one).all()
+        assert (edges[right[real]] == other).all()
+        found += [(min(pair), max(pair)) for pair in zip(left[real].tolist(), right[real].tolist(), strict=True)]
+    expected = [
+        (i, j) for i in range(200) for j in range(i + 1, 200) if used[i] and used[j] and anchors[i] == anchors[j]
+    ]
+    assert sorted(found) == expected
 
 
 def test_batches_hold_every_match_once() -> None:
