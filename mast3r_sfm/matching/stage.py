@@ -26,7 +26,7 @@ from mast3r_sfm.progress import Progress, steps
 from mast3r_sfm.storage.cache import StageCache
 from mast3r_sfm.types import AlignmentResult, Camera, Encoding, ImageRecord, PairMatches, Rig, ViewGraph
 
-CODE_VERSION = 9
+CODE_VERSION = 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,8 +83,8 @@ class HardPairMatcher:
         place = (np.clip(xy, 0, size) - size / 2) / (size.max() / 2)
         tokens = encoding.tokens[:MAX_KEYPOINTS].astype(np.float32)
         return (
-            self._network.input_proj(torch.from_numpy(tokens)[None].to(self._device)),
-            self._network.posenc(torch.from_numpy(place.astype(np.float32))[None].to(self._device)),
+            self._network.get_submodule("input_proj")(torch.from_numpy(tokens)[None].to(self._device)),
+            self._network.get_submodule("posenc")(torch.from_numpy(place.astype(np.float32))[None].to(self._device)),
         )
 
     def _assigned(
@@ -96,8 +96,9 @@ class HardPairMatcher:
         second's, times the probabilities that either token has a match; matches are each other's most confident.
         """
         head = self._network.log_assignment[layer]
-        one, other = (head.final_proj(tokens)[0] / WIDTH**0.25 for tokens in (first, second))
-        likely, likely_too = (functional.logsigmoid(head.matchability(tokens))[0, :, 0] for tokens in (first, second))
+        project, matchability = head.get_submodule("final_proj"), head.get_submodule("matchability")
+        one, other = (project(tokens)[0] / WIDTH**0.25 for tokens in (first, second))
+        likely, likely_too = (functional.logsigmoid(matchability(tokens))[0, :, 0] for tokens in (first, second))
         score = one @ other.T
         by_row, by_column = (likely - score.logsumexp(dim=1))[:, None], likely_too - score.logsumexp(dim=0)
         score = score.mul_(2).add_(by_row).add_(by_column)
@@ -106,8 +107,8 @@ class HardPairMatcher:
         index = pairs.cpu().numpy().astype(np.int64)
         # Whatever is more confident than one of these is among them too.
         order = np.argsort(-confidence, kind="stable")
-        best = [order[np.unique(index[order, side], return_index=True)[1]] for side in (0, 1)]
-        kept = np.intersect1d(*best)
+        best, best_too = (order[np.unique(index[order, side], return_index=True)[1]] for side in (0, 1))
+        kept = np.intersect1d(best, best_too)
         return index[kept], confidence[kept]
 
 
