@@ -42,7 +42,7 @@ _TINY = 1e-12
 _LOCAL = 8
 """Local unknowns of a directed edge."""
 GROUP_MATCHES = 1 << 17
-"""Matches whose equations for depths are put together at a time."""
+"""Matches whose depths are eliminated at a time."""
 KEPT_PAIRS = 1 << 27
 """Pairs of matches that see one anchor that are kept, of eight bytes each; others are sought in every step."""
 

@@ -21,11 +21,11 @@ from mast3r_sfm.types import Encoding
 MIN_CONFIDENCE = 0.1
 MAX_KEYPOINTS = 2048
 """Attention costs the square of their number; with this many, a pair takes a third of a second on two cores."""
-NEEDED_AFTER = {2: 25, 4: 20, 6: 1}
-"""Matches that are needed after so many layers to go on. Of 297 pairs of all kinds, those with 30 matches or more in
-the end have 28 or more after two layers, and as many after four; most pairs of different places have fewer than 20."""
 # The architecture that the weights were trained for.
 LAYERS, HEADS, WIDTH, INPUT = 6, 1, 96, 64
+NEEDED_AFTER = {2: 25, 4: 20, LAYERS: 1}
+"""Matches that are needed after so many layers to go on. Of 297 pairs of all kinds, those with 30 matches or more in
+the end have 28 or more after two layers, and as many after four; of different places, most have fewer than needed."""
 
 
 class HardPairMatcher:
