@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mast3r_sfm.alignment import losses
+from mast3r_sfm.alignment.canonical import GRID_PX
 from mast3r_sfm.alignment.coarse import CoarseLoss
 from mast3r_sfm.alignment.elimination import SharedAnchors, find_shared
 from mast3r_sfm.alignment.losses import FineLoss, Priors, move
@@ -185,12 +186,31 @@ def _errors(problem: PointmapProblem, scene: Scene) -> Float64:
     return error
 
 
-def _whole(problem: PointmapProblem, scene: Scene, free: Bool, damping: float) -> tuple[Float64, Float64]:
+def _unsure(problem: PointmapProblem, scene: Scene) -> Float64:
+    """[M, 2, 2] what `FineLoss` finds near a scene, match by match, by numeric derivatives."""
+    found = np.zeros((len(problem.weight), 2, 2))
+    for match, side in np.ndindex(found.shape[:2]):
+        anchor = problem.anchor[match, side]
+        offsets = np.log(problem.offset[problem.anchor == anchor])
+        steep = offsets.std(ddof=1) / (GRID_PX / np.sqrt(12)) if len(offsets) > 1 else 0.0
+        step = 1e-6 * (np.arange(len(scene.log_depth)) == anchor)
+        ends = [_errors(problem, replace(scene, log_depth=scene.log_depth + sign * step)) for sign in (1, -1)]
+        moved = (ends[0] - ends[1])[match, side] / 2e-6
+        length = np.linalg.norm(moved)
+        far = problem.place_error_px * steep * length
+        found[match, side] = moved / length * np.sqrt(1 - 1 / np.sqrt(1 + far**2))
+    return found
+
+
+def _whole(
+    problem: PointmapProblem, scene: Scene, free: Bool, damping: float, unsure: Float64
+) -> tuple[Float64, Float64]:
     """The step by a matrix over all unknowns and depths, whose derivatives are numeric."""
     unknowns, anchors, priors = len(free), len(scene.log_depth), Priors()
 
     def errors(step: Float64) -> Float64:
-        return _errors(problem, move(problem, scene, step[:unknowns], step[unknowns:]))
+        error = _errors(problem, move(problem, scene, step[:unknowns], step[unknowns:]))
+        return np.asarray(error - unsure * (unsure * error).sum(axis=-1, keepdims=True))
 
     steps = 1e-6 * np.eye(unknowns + anchors)
     jacobian = np.stack([(errors(step) - errors(-step)) / 2e-6 for step in steps], axis=-1)
@@ -238,12 +258,27 @@ def test_eliminating_depths_gives_the_step_of_the_whole(
     equations = FineLoss(problem, 20.0, Priors()).linearise(scene, fixed)
     assert isinstance(equations.matrix, np.ndarray) == bool(dense)
     step, change = equations.solve(0.01)
-    expected, expected_change = _whole(problem, scene, equations.free, 0.01)
+    expected, expected_change = _whole(problem, scene, equations.free, 0.01, np.zeros((len(problem.weight), 2, 2)))
     np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(change, expected_change, rtol=1e-5, atol=1e-7)
     assert not step[:PER_IMAGE].any()
     assert step[-1] == 0, "a known focal length moved"
     assert np.abs(step[PER_IMAGE:-1]).max() > 1e-4
+
+
+def test_the_step_of_the_whole_where_depths_may_be_wrong() -> None:
+    problem = replace(_problem(), place_error_px=3.0)
+    scene, fixed = _scene(problem), _nothing_fixed(problem)
+    fixed[:PER_IMAGE] = True
+    unsure = _unsure(problem, scene)
+    assert np.linalg.norm(unsure, axis=-1).max() > 0.5
+    equations = FineLoss(problem, 20.0, Priors(), near=scene).linearise(scene, fixed)
+    step, change = equations.solve(0.01)
+    expected, expected_change = _whole(problem, scene, equations.free, 0.01, unsure)
+    np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(change, expected_change, rtol=1e-5, atol=1e-7)
+    without, _ = FineLoss(problem, 20.0, Priors()).linearise(scene, fixed).solve(0.01)
+    assert np.abs(without - step).max() > 1e-4
 
 
 def test_pairs_that_are_not_kept_are_sought_anew(monkeypatch: pytest.MonkeyPatch) -> None:
