@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from retrieval_purity import encode_all
 
-from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig
 from mast3r_sfm.matching.check import EpipolarEdge, check_pair
 from mast3r_sfm.matching.putative import KeypointSource, join_putative, match_keypoints
+from mast3r_sfm.models.sift import SiftModel
 from mast3r_sfm.types import Encoding
 
 

@@ -19,7 +19,6 @@ from mast3r_sfm.alignment.turning import align_turns
 from mast3r_sfm.colmap.lens import Lens
 from mast3r_sfm.colmap.mapper import MapperSettings
 from mast3r_sfm.colmap.model import SPACES_IN_TEXT, ColmapModel, write_models
-from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.config import Config, MatchConfig, RunOptions, fingerprint
 from mast3r_sfm.encoding import Encoder, torch_threads
 from mast3r_sfm.errors import Mast3rSfmError, ReconstructionError
@@ -38,6 +37,7 @@ from mast3r_sfm.matching.fine import FineMatcher, resolve_resolution
 from mast3r_sfm.matching.putative import KeypointSource
 from mast3r_sfm.models.base import DenseModel, ImageModel, PairModel
 from mast3r_sfm.models.registry import checkpoint_path, load_model, resolve_device, resolve_name
+from mast3r_sfm.models.sift import SiftModel
 from mast3r_sfm.pairing import Pairing
 from mast3r_sfm.progress import Progress, SilentProgress
 from mast3r_sfm.reasons import describe_turns, rejected_pairs, say_turn, why_left_out, why_nothing

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from scipy.spatial import cKDTree
 
-from mast3r_sfm.colmap.sift import SiftModel
 from mast3r_sfm.images.loading import load_image
+from mast3r_sfm.models.sift import SiftModel
 from mast3r_sfm.types import Encoding, Float64, ImageRecord, LoadedImage, PixelMask, PixelTransform, Preparation
 
 
