@@ -154,7 +154,7 @@ class MatchConfig:
     dtype: DecoderType = "auto"
     """What the decoder of a pointmap model computes in; auto: float16 on CUDA, float32 elsewhere."""
     features: Literal["auto", "model", "sift", "both"] = "auto"
-    """What is matched: what the model finds, COLMAP's SIFT keypoints, or both; auto: the model's, and both where the
+    """What is matched: what the model finds, SIFT keypoints, or both; auto: the model's, and both where the
     connection of a keypoint model's photos hangs on too little."""
     resolution: Literal["auto", "coarse", "fine"] = "auto"
     """coarse: pointmap models match photos as they see them; fine: then once more in windows at full resolution, where
