@@ -19,8 +19,8 @@ CODE_VERSION = 3
 LAYERS = 3
 """Per octave."""
 MIN_CONTRAST = 0.012
-"""Of the whole octave: a layer's share is a third. With COLMAP's 0.02, OpenCV finds a tenth fewer keypoints than COLMAP's
-extractor, and photos with little texture are lost."""
+"""Of the whole octave: a layer's share is a third. With COLMAP's 0.02, OpenCV finds a tenth fewer keypoints than
+COLMAP's extractor, and photos with little texture are lost."""
 MAX_EDGE_RATIO = 10.0
 DESCRIPTOR = 128
 
