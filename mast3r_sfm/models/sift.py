@@ -54,7 +54,7 @@ class SiftModel:
             return list(pool.map(self._encode, images))
 
     def _encode(self, image: LoadedImage) -> Encoding:
-        detector = cv2.SIFT_create(
+        detector = cv2.SIFT.create(
             nfeatures=0,
             nOctaveLayers=LAYERS,
             contrastThreshold=MIN_CONTRAST,
@@ -63,6 +63,8 @@ class SiftModel:
         )
         height, width = image.pixels.shape[:2]
         found, histograms = detector.detectAndCompute(cv2.cvtColor(image.pixels, cv2.COLOR_RGB2GRAY), None)
+        # Where nothing is found, OpenCV has no histograms either.
+        all_histograms = np.asarray(histograms if found else np.zeros((0, DESCRIPTOR)), np.float32)
         # OpenCV's pixels have their centres at whole numbers, and its sizes are diameters.
         xy = np.array([keypoint.pt for keypoint in found], np.float64).reshape(-1, 2) + 0.5
         scale = np.array([keypoint.size for keypoint in found], np.float64) / 2
@@ -73,10 +75,8 @@ class SiftModel:
         if image.mask is not None:
             largest = largest[image.mask.allows(xy[largest])]
         largest = largest[: self._keypoints]
-        if histograms is None:  # where nothing is found
-            histograms = np.zeros((0, DESCRIPTOR), np.float32)
         return Encoding(
-            tokens=_root(histograms[largest]).astype(np.float16),
+            tokens=_root(all_histograms[largest]).astype(np.float16),
             xy=xy[largest].astype(np.float32),
             attention=(scale[largest] * image.transform.scale).astype(np.float32),
             transform=image.transform,
