@@ -25,7 +25,7 @@ from mast3r_sfm.models.base import KeypointModel
 from mast3r_sfm.types import Bool, Int64, Verdict
 
 STRONG_EVIDENCE = 15.0
-"""Distinct inliers times the square of their share above which nearest neighbours are believed. Chance reaches 8.3
+"""Distinct inliers times the square of their share above which nearest neighbours are believed. Chance reaches 8.0
 (1,300 pairs of photos of different places, benchmarks/chance_matches.py)."""
 SMALL_PART = 8
 """Images of a strongly connected part below which its pairs, too, are worth a second look."""
